@@ -1,0 +1,54 @@
+//! What userspace and the XDP program agree on: table layouts, constants, outcomes.
+//!
+//! All structs are `repr(C)` without padding (`bytemuck::Pod` refuses it), with named fields so that
+//! `bpftool map dump` prints something a person can read. A change of any layout raises [`VERSION`].
+
+mod config;
+mod outcome;
+mod tables;
+
+pub use config::{Config, MAX_OVERLAYS, MAX_VLANS, Overlay, OverlayFlags, Roles, VlanPort};
+pub use outcome::{Class, Counter, OUTCOME_CAPACITY, Outcome, OutcomeInfo, Severity};
+pub use tables::{
+    Egress, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED, LocalAddress,
+    OverlayAddress, PrefixKey, Route, Vtep, VtepFlags, VtepSlot,
+};
+
+/// Version of the table layouts; part of the bpffs path, so that two versions never share a pin.
+pub const VERSION: u32 = 1;
+
+/// Name of the XDP program in the object and in the kernel.
+pub const PROGRAM: &str = "gateway";
+
+/// Symbol of the constants in the object's `.rodata`, a [`Config`].
+pub const CONFIG_SYMBOL: &str = "CONFIG";
+
+/// Map names; at most 15 characters, because the kernel cuts the rest.
+pub mod map {
+    /// HASH of [`OverlayAddress`](super::OverlayAddress) to [`Route`](super::Route): exact pods.
+    pub const PODS: &str = "PODS";
+    /// LPM trie of [`PrefixKey`](super::PrefixKey) to [`Route`](super::Route): pod CIDRs.
+    pub const PREFIXES: &str = "PREFIXES";
+    /// ARRAY of [`Vtep`](super::Vtep) by VTEP id.
+    pub const VTEPS: &str = "VTEPS";
+    /// HASH of [`OverlayAddress`](super::OverlayAddress) to [`Route`](super::Route): outer sources and the node they
+    /// belong to.
+    pub const SOURCES: &str = "SOURCES";
+    /// HASH of [`Ipv4`](crate::wire::Ipv4) to [`LocalAddress`](super::LocalAddress): addresses of this host.
+    pub const ADDRESSES: &str = "ADDRESSES";
+    /// HASH of interface index to [`Egress`](super::Egress): where FIB results may lead.
+    pub const EGRESS: &str = "EGRESS";
+    /// PERCPU_ARRAY of [`Counter`](super::Counter) by [`Outcome`](super::Outcome) number.
+    pub const COUNTERS: &str = "COUNTERS";
+
+    /// Every table, in the order in which they are pinned.
+    pub const ALL: [&str; 7] = [PODS, PREFIXES, VTEPS, SOURCES, ADDRESSES, EGRESS, COUNTERS];
+
+    const _: () = {
+        let mut i = 0;
+        while i < ALL.len() {
+            assert!(ALL[i].len() <= 15);
+            i += 1;
+        }
+    };
+}

@@ -1,0 +1,16 @@
+//! The gateway's daemon as a library; the binary is `main.rs` and the verbs in [`cli`].
+//!
+//! Reading guide, in the direction in which facts flow:
+//! - [`config`]: the one TOML file, validated as a whole.
+//! - [`cluster`]: sources of Kubernetes objects, and what flannel wrote on them.
+//! - [`plan`]: pure: objects to the tables that should be.
+//! - [`kernel`]: facts of this host (links, addresses, next hops) by rtnetlink, and the kernel's tunnel device.
+//! - [`dataplane`]: the BPF object: load, pin, attach, and the reconciler that makes the maps equal to the plan.
+//! - [`cli`]: one file for each verb.
+
+pub mod cli;
+pub mod cluster;
+pub mod config;
+pub mod dataplane;
+pub mod kernel;
+pub mod plan;
