@@ -125,6 +125,9 @@ pub struct Config {
 }
 
 impl Config {
+    /// All zero: no roles, no overlays. What the object holds until the loader replaces it.
+    pub const UNSET: Self = bytemuck::zeroed();
+
     /// The overlays in use, with their ids.
     pub fn overlays(&self) -> impl Iterator<Item = (u32, &Overlay)> {
         (0u32..).zip(self.overlays.iter().take(self.overlay_count as usize))

@@ -123,21 +123,22 @@ outcomes! {
     22 Oversize "oversize" Pass Notice "Larger than the path to the pod takes; the kernel fragments it or answers with ICMP.";
     23 ArpOther "arp_other" Pass Normal "ARP that is not the gateway's to answer: replies, announcements, addresses that are no pod's.";
     24 ArpMalformed "arp_malformed" Pass Notice "ARP that is truncated, not for IPv4 over Ethernet, or from an impossible sender.";
-    25 Ipv4Malformed "ipv4_malformed" Pass Notice "IPv4 header that is truncated or contradicts the frame.";
-    26 DecapLocal "decap_local" Pass Normal "From the tunnel to an address that the kernel delivers or rejects itself.";
-    27 DecapNoNeighbour "decap_no_neighbour" Pass Notice "From the tunnel to a next hop that is not resolved yet; the kernel resolves it.";
-    28 DecapOtherInterface "decap_other_interface" Pass Notice "From the tunnel towards an interface that the gateway does not drive; the kernel forwards it.";
-    29 DecapTtlExpired "decap_ttl_expired" Pass Notice "From the tunnel with a TTL that ends here; the kernel answers.";
-    30 DecapIpOptions "decap_ip_options" Pass Notice "From the tunnel with IPv4 options; the kernel forwards it.";
-    31 DecapOversize "decap_oversize" Pass Notice "From the tunnel and too large for the way out; the kernel fragments it or answers.";
-    32 DecapArp "decap_arp" Pass Normal "ARP in the tunnel that is not the gateway's to answer.";
-    33 DecapFib "decap_fib" Pass Notice "From the tunnel; the kernel's FIB refused a fast answer (forwarding off, unreachable, blackhole); the kernel decides.";
+    26 OutLocal "out_local" Pass Normal "From a pod to an address that the kernel delivers or rejects itself.";
+    27 OutNoNeighbour "out_no_neighbour" Pass Notice "From a pod to a next hop that is not resolved yet; the kernel resolves it.";
+    28 OutOtherInterface "out_other_interface" Pass Notice "From a pod towards an interface that the gateway does not drive; the kernel forwards it.";
+    29 OutTtlExpired "out_ttl_expired" Pass Notice "From a pod with a TTL that ends here; the kernel answers.";
+    30 OutIpOptions "out_ip_options" Pass Notice "From a pod with IPv4 options; the kernel forwards it.";
+    31 OutOversize "out_oversize" Pass Notice "From a pod and too large for the way out; the kernel fragments it or answers.";
+    32 TunnelArp "tunnel_arp" Pass Normal "ARP in the tunnel that is not the gateway's to answer.";
+    33 OutRefused "out_refused" Pass Notice "From a pod; the kernel's FIB gave no way out (forwarding off, unreachable, blackhole); the kernel decides.";
     34 NoHeadroom "no_headroom" Pass Fault "The driver left no room in front of the frame; the kernel forwards it.";
 
     // Dropped on the way to a pod.
     64 VtepUnresolved "vtep_unresolved" Drop Fault "The node's next hop is not resolved: is the node up and on the underlay?";
     65 VtepMissing "vtep_missing" Drop Fault "A route points to no VTEP; the daemon repairs it.";
     66 ClientForeign "client_foreign" Drop Fault "Client outside the gateway's own subnet: the pod could not answer it without SNAT.";
+    67 Ipv4Malformed "ipv4_malformed" Drop Suspect "IPv4 header that is truncated or contradicts the frame (RFC 1812 section 5.2.2).";
+    68 ResizeFailed "resize_failed" Drop Fault "The frame could not be edited after it was resized; a defect of the driver or of this program.";
 
     // Dropped out of the tunnel.
     80 TunnelPortExternal "tunnel_port_external" Drop Suspect "Tunnel packet on an interface that is not underlay.";

@@ -6,6 +6,7 @@
 
 mod ethernet;
 mod stack;
+pub mod view;
 
 use core::fmt;
 #[cfg(feature = "model")]
@@ -50,6 +51,8 @@ pub struct Ipv4 {
 }
 
 impl Ipv4 {
+    /// Length of an address in bits.
+    pub const BITS: u32 = u32::BITS;
     /// `0.0.0.0`.
     pub const UNSPECIFIED: Self = Self { octets: [0; 4] };
 

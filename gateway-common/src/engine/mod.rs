@@ -1,0 +1,66 @@
+//! The way of a packet, on one screen: [`process`].
+//!
+//! Parse at offsets, decide, then edit: growing, shrinking, TTL and ECN come last, so that whatever is passed to the
+//! kernel is passed as it came. The engine sees the packet through [`Frame`] and everything else through [`Tables`];
+//! in the kernel these are the XDP context and BPF maps, on the host a vector and ordinary maps.
+
+mod arp;
+mod classify;
+mod emit;
+mod guard;
+mod ingress;
+mod outward;
+mod pod;
+mod tables;
+mod verdict;
+
+pub use tables::{Fib, FibQuery, Frame, Tables};
+pub use verdict::{Action, Verdict};
+
+use crate::{
+    abi::{Outcome, Roles},
+    wire::EtherType,
+};
+
+/// Decides what becomes of a frame, and edits it accordingly.
+#[inline(always)]
+pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
+    match decide(frame, tables) {
+        Ok(verdict) | Err(verdict) => verdict,
+    }
+}
+
+/// `Err` is an early end, not an error.
+#[inline(always)]
+fn decide<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Result<Verdict, Verdict> {
+    let config = tables.config();
+    let link = classify::link(frame, config)?;
+    if link.roles == Roles::NONE {
+        return Err(Verdict::pass(Outcome::NoRole));
+    }
+    if link.kind == EtherType::ARP {
+        return arp::from_outside(frame, tables, link);
+    }
+    if link.kind != EtherType::IPV4 {
+        return Err(Verdict::pass(Outcome::NotIp));
+    }
+    if link.destination != config.mac {
+        guard::not_for_us(frame, config, link)?;
+        return Err(Verdict::pass(Outcome::NotForUs));
+    }
+    let packet = classify::ipv4(frame, config, link)?;
+    if let Some(tunnel) = classify::tunnel(frame, config, packet)? {
+        return ingress::from_tunnel(frame, tables, link, packet, tunnel);
+    }
+    if link.roles.has(Roles::UNDERLAY) {
+        ingress::from_direct_node(frame, tables, packet)?;
+    }
+    if link.roles.has(Roles::EXTERNAL) {
+        pod::from_outside(frame, tables, link, packet)?;
+    }
+    guard::to_the_kernel(frame, tables, link, packet)?;
+    Err(Verdict::pass(Outcome::NoRoute))
+}
+
+#[cfg(test)]
+mod tests;

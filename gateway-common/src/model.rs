@@ -1,0 +1,162 @@
+//! Frame and tables of the host: the engine runs on them under `cargo test`, and program tests compare the loaded
+//! object with them.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use crate::{
+    abi::{Config, Counter, Egress, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep},
+    engine::{Action, Fib, FibQuery, Frame, Tables, Verdict, process},
+    wire::{Ipv4, Wire, view},
+};
+
+/// Bytes in front of a frame, as the kernel has them (`XDP_PACKET_HEADROOM`).
+pub const HEADROOM: usize = 256;
+
+/// A frame in a vector.
+#[derive(Clone, Debug)]
+pub struct HostFrame {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+impl HostFrame {
+    /// A frame of these bytes with the usual headroom.
+    pub fn new(bytes: &[u8]) -> Self {
+        let mut buffer = vec![0; HEADROOM];
+        buffer.extend_from_slice(bytes);
+        Self { buffer, start: HEADROOM }
+    }
+
+    /// The frame's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..]
+    }
+}
+
+/// Linux keeps room for its `struct xdp_frame` at the start of the headroom.
+const RESERVED: usize = 40;
+
+impl Frame for HostFrame {
+    fn len(&self) -> u32 {
+        u32::try_from(self.bytes().len()).unwrap_or(u32::MAX)
+    }
+
+    fn read<T: Wire>(&self, offset: usize) -> Option<&T> {
+        view::at(self.bytes(), offset)
+    }
+
+    fn write<T: Wire>(&mut self, offset: usize) -> Option<&mut T> {
+        view::at_mut(&mut self.buffer[self.start..], offset)
+    }
+
+    fn grow_front(&mut self, by: i32) -> bool {
+        let start = i64::try_from(self.start).unwrap_or(i64::MAX) - i64::from(by);
+        // As bpf_xdp_adjust_head: at least an Ethernet header must be left.
+        match usize::try_from(start) {
+            Ok(start) if start >= RESERVED && start + 14 <= self.buffer.len() => {
+                self.start = start;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Tables in ordinary maps.
+#[derive(Clone, Debug, Default)]
+pub struct HostTables {
+    /// Constants.
+    pub config: Config,
+    /// Exact pods.
+    pub pods: BTreeMap<OverlayAddress, Route>,
+    /// Prefixes: (overlay, length of the CIDR, network address).
+    pub prefixes: BTreeMap<(u32, u8, Ipv4), Route>,
+    /// VTEPs by id.
+    pub vteps: BTreeMap<u32, Vtep>,
+    /// Outer sources.
+    pub sources: BTreeMap<OverlayAddress, Route>,
+    /// Addresses of the host.
+    pub addresses: BTreeMap<Ipv4, LocalAddress>,
+    /// Ways out.
+    pub egress: BTreeMap<u32, Egress>,
+    /// The FIB's answers by destination; all others are not forwarded.
+    pub fib: BTreeMap<Ipv4, FibEntry>,
+    /// What was counted.
+    pub counters: RefCell<BTreeMap<u32, Counter>>,
+}
+
+/// A modelled answer of the FIB.
+#[derive(Clone, Copy, Debug)]
+pub struct FibEntry {
+    /// The answer.
+    pub answer: Fib,
+    /// MTU of the way out; larger packets are [`Fib::TooBig`].
+    pub mtu: u16,
+}
+
+impl HostTables {
+    /// Runs the engine on a frame, counts it, and gives the verdict and the frame after it.
+    pub fn run(&self, bytes: &[u8]) -> (Verdict, Vec<u8>) {
+        let mut frame = HostFrame::new(bytes);
+        let verdict = process(&mut frame, self);
+        let mut counters = self.counters.borrow_mut();
+        let counter = counters.entry(verdict.outcome.number()).or_default();
+        counter.packets += 1;
+        counter.bytes += bytes.len() as u64;
+        debug_assert_eq!(
+            verdict.outcome.info().class,
+            match verdict.action {
+                Action::Pass => crate::abi::Class::Pass,
+                Action::Drop => crate::abi::Class::Drop,
+                Action::Transmit | Action::Redirect(_) => crate::abi::Class::Forward,
+            }
+        );
+        (verdict, frame.bytes().to_vec())
+    }
+}
+
+/// The network address of `address` under a prefix of `length` bits.
+fn network(address: Ipv4, length: u8) -> Ipv4 {
+    let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);
+    Ipv4::new((u32::from_be_bytes(address.octets) & mask).to_be_bytes())
+}
+
+impl Tables for HostTables {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn pod(&self, key: &OverlayAddress) -> Option<Route> {
+        self.pods.get(key).copied()
+    }
+
+    fn prefix(&self, key: PrefixKey) -> Option<Route> {
+        (0..=32).rev().find_map(|length| {
+            self.prefixes.get(&(key.overlay, length, network(key.address, length))).copied()
+        })
+    }
+
+    fn vtep(&self, id: u32) -> Option<&Vtep> {
+        self.vteps.get(&id)
+    }
+
+    fn source(&self, key: &OverlayAddress) -> Option<Route> {
+        self.sources.get(key).copied()
+    }
+
+    fn address(&self, address: Ipv4) -> Option<LocalAddress> {
+        self.addresses.get(&address).copied()
+    }
+
+    fn egress(&self, ifindex: u32) -> Option<Egress> {
+        self.egress.get(&ifindex).copied()
+    }
+
+    fn fib(&self, query: &FibQuery) -> Fib {
+        match self.fib.get(&query.destination) {
+            Some(entry) if query.total_length > entry.mtu => Fib::TooBig,
+            Some(entry) => entry.answer,
+            None => Fib::NotForwarded,
+        }
+    }
+}

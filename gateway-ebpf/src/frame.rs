@@ -1,0 +1,67 @@
+//! `Frame` over the XDP context: the one place where addresses become references.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_xdp_adjust_head, bpf_xdp_get_buff_len},
+    programs::XdpContext,
+};
+use gateway_common::{engine::Frame, wire::Wire};
+
+/// The frame of one run of the program.
+///
+/// Pointers into it die when it is resized; references borrow from it, and resizing takes it exclusively, so stale
+/// use does not compile.
+pub(crate) struct XdpFrame<'a> {
+    context: &'a XdpContext,
+    len: u32,
+}
+
+impl<'a> XdpFrame<'a> {
+    #[inline(always)]
+    pub(crate) fn new(context: &'a XdpContext) -> Self {
+        // SAFETY: the context is the one that the kernel gave this program. The helper counts fragments too, and
+        // spares the pointer subtraction that would need CAP_PERFMON.
+        let len = unsafe { bpf_xdp_get_buff_len(context.ctx) };
+        Self { context, len: len as u32 }
+    }
+
+    /// Address of a `T` at `offset`, if it lies inside the frame. The comparison is in the form that the verifier
+    /// takes as proof.
+    #[inline(always)]
+    fn address<T: Wire>(&self, offset: usize) -> Option<usize> {
+        let start = self.context.data() + offset;
+        if start + size_of::<T>() > self.context.data_end() { None } else { Some(start) }
+    }
+}
+
+impl Frame for XdpFrame<'_> {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.len
+    }
+
+    #[inline(always)]
+    fn read<T: Wire>(&self, offset: usize) -> Option<&T> {
+        let address = self.address::<T>(offset)?;
+        // SAFETY: inside the frame (checked above); `Wire` types have alignment 1 and take any bit pattern; the borrow
+        // of `self` keeps the frame from being resized or written.
+        Some(unsafe { &*(address as *const T) })
+    }
+
+    #[inline(always)]
+    fn write<T: Wire>(&mut self, offset: usize) -> Option<&mut T> {
+        let address = self.address::<T>(offset)?;
+        // SAFETY: as in `read`; the borrow is exclusive.
+        Some(unsafe { &mut *(address as *mut T) })
+    }
+
+    #[inline(always)]
+    fn grow_front(&mut self, by: i32) -> bool {
+        // SAFETY: no reference into the frame is alive, as `self` is borrowed exclusively.
+        let done = unsafe { bpf_xdp_adjust_head(self.context.as_ptr().cast(), by.wrapping_neg()) } == 0;
+        if done {
+            self.len = self.len.wrapping_add_signed(by);
+        }
+        done
+    }
+}
