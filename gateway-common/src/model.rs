@@ -5,7 +5,7 @@ use std::{cell::RefCell, collections::BTreeMap};
 
 use crate::{
     abi::{Config, Counter, Egress, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep},
-    engine::{Action, Fib, FibQuery, Frame, Tables, Verdict, process},
+    engine::{Fib, FibQuery, Frame, Tables, Verdict, process},
     wire::{Ipv4, Wire, view},
 };
 
@@ -100,17 +100,9 @@ impl HostTables {
         let mut frame = HostFrame::new(bytes);
         let verdict = process(&mut frame, self);
         let mut counters = self.counters.borrow_mut();
-        let counter = counters.entry(verdict.outcome.number()).or_default();
+        let counter = counters.entry(verdict.number()).or_default();
         counter.packets += 1;
         counter.bytes += bytes.len() as u64;
-        debug_assert_eq!(
-            verdict.outcome.info().class,
-            match verdict.action {
-                Action::Pass => crate::abi::Class::Pass,
-                Action::Drop => crate::abi::Class::Drop,
-                Action::Transmit | Action::Redirect(_) => crate::abi::Class::Forward,
-            }
-        );
         (verdict, frame.bytes().to_vec())
     }
 }

@@ -18,13 +18,13 @@ use crate::{frame::XdpFrame, maps::KernelTables};
 
 /// Entry point, attached to every interface with a role. Jumbo frames arrive in fragments.
 #[xdp(frags)]
-pub fn gateway(context: XdpContext) -> u32 {
+fn gateway(context: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&context);
     let bytes = frame.len();
     let verdict = process(&mut frame, &KernelTables::new(&context));
-    maps::count(verdict.outcome, bytes);
-    debug!(&context, "outcome {} of {} bytes", verdict.outcome.number(), bytes);
-    match verdict.action {
+    maps::count(verdict.number(), bytes);
+    debug!(&context, "outcome {} of {} bytes", verdict.number(), bytes);
+    match verdict.action() {
         Action::Pass => XDP_PASS,
         Action::Drop => XDP_DROP,
         Action::Transmit => XDP_TX,

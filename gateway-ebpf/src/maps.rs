@@ -6,9 +6,7 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters, bpf_fib_lookup__bindgen_ty_1,
-        bpf_fib_lookup__bindgen_ty_2, bpf_fib_lookup__bindgen_ty_3, bpf_fib_lookup__bindgen_ty_4,
-        bpf_fib_lookup__bindgen_ty_5,
+        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters,
     },
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie},
     helpers::generated::{bpf_fib_lookup, bpf_redirect},
@@ -17,7 +15,7 @@ use aya_ebpf::{
 };
 use gateway_common::{
     abi::{
-        Config, Counter, Egress, LocalAddress, OUTCOME_CAPACITY, Outcome, OverlayAddress, PrefixKey, Route, Vtep,
+        Config, Counter, Egress, LocalAddress, OUTCOME_CAPACITY, OverlayAddress, PrefixKey, Route, Vtep,
     },
     engine::{Fib, FibQuery, Tables},
     wire::{Ipv4, Mac},
@@ -48,15 +46,23 @@ struct Constants(UnsafeCell<Config>);
 unsafe impl Sync for Constants {}
 
 #[unsafe(no_mangle)]
-#[unsafe(link_section = ".rodata")]
+#[unsafe(link_section = ".rodata.config")]
 static CONFIG: Constants = Constants(UnsafeCell::new(Config::UNSET));
+
+/// The trie's key is packed, its data behind a 32-bit length. The compiler may store the data in one 8-byte write,
+/// which the verifier wants aligned on the stack: so it starts 8 bytes into an aligned struct.
+#[repr(C, align(8))]
+struct AlignedKey {
+    pad: u32,
+    key: lpm_trie::Key<PrefixKey>,
+}
 
 const AF_INET: u8 = 2;
 
-/// Counts a packet of `bytes` bytes.
+/// Counts a packet of `bytes` bytes under the outcome with this number.
 #[inline(always)]
-pub(crate) fn count(outcome: Outcome, bytes: u32) {
-    if let Some(counter) = COUNTERS.get_ptr_mut(outcome.number()) {
+pub(crate) fn count(outcome: u32, bytes: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(outcome) {
         // SAFETY: the slot belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
         let counter = unsafe { &mut *counter };
         counter.packets += 1;
@@ -69,6 +75,16 @@ pub(crate) fn count(outcome: Outcome, bytes: u32) {
 pub(crate) fn redirect(ifindex: u32) -> u32 {
     // SAFETY: a helper without pointers.
     unsafe { bpf_redirect(ifindex, 0) as u32 }
+}
+
+/// A MAC address on the stack at an offset that is even but no multiple of 4: the verifier refuses wider loads there,
+/// and volatile ones are not merged.
+#[inline(always)]
+fn by_half_words(octets: &[u8; 6]) -> Mac {
+    let words = octets.as_ptr().cast::<u16>();
+    // SAFETY: three half-words are the six octets. `dmac` lies 58 bytes into an aligned structure.
+    let [[a, b], [c, d], [e, f]] = [0, 1, 2].map(|i| unsafe { words.add(i).read_volatile() }.to_ne_bytes());
+    Mac::new([a, b, c, d, e, f])
 }
 
 /// The kernel's side of the engine's tables.
@@ -98,7 +114,8 @@ impl Tables for KernelTables<'_> {
 
     #[inline(always)]
     fn prefix(&self, key: PrefixKey) -> Option<Route> {
-        PREFIXES.get(&lpm_trie::Key::new(PrefixKey::OVERLAY_BITS + Ipv4::BITS, key)).copied()
+        let key = lpm_trie::Key::new(PrefixKey::OVERLAY_BITS + Ipv4::BITS, key);
+        PREFIXES.get(&AlignedKey { pad: 0, key }.key).copied()
     }
 
     #[inline(always)]
@@ -126,20 +143,16 @@ impl Tables for KernelTables<'_> {
 
     #[inline(always)]
     fn fib(&self, query: &FibQuery) -> Fib {
-        let mut parameters = FibParameters {
-            family: AF_INET,
-            l4_protocol: query.protocol,
-            sport: 0,
-            dport: 0,
-            __bindgen_anon_1: bpf_fib_lookup__bindgen_ty_1 { tot_len: query.total_length },
-            ifindex: self.config().ifindex,
-            __bindgen_anon_2: bpf_fib_lookup__bindgen_ty_2 { flowinfo: u32::from(query.tos) },
-            __bindgen_anon_3: bpf_fib_lookup__bindgen_ty_3 { ipv6_src: [query.source.word(), 0, 0, 0] },
-            __bindgen_anon_4: bpf_fib_lookup__bindgen_ty_4 { ipv6_dst: [query.destination.word(), 0, 0, 0] },
-            __bindgen_anon_5: bpf_fib_lookup__bindgen_ty_5 { tbid: 0 },
-            smac: [0; 6],
-            dmac: [0; 6],
-        };
+        // SAFETY: a C struct of integers and unions of integers: all zero is a value of it.
+        let mut parameters: FibParameters = unsafe { core::mem::zeroed() };
+        parameters.family = AF_INET;
+        parameters.l4_protocol = query.protocol;
+        parameters.ifindex = self.config().ifindex;
+        // Writing a union's field is safe; the rest of the union stays zero.
+        parameters.__bindgen_anon_1.tot_len = query.total_length;
+        parameters.__bindgen_anon_2.tos = query.tos;
+        parameters.__bindgen_anon_3.ipv4_src = query.source.word();
+        parameters.__bindgen_anon_4.ipv4_dst = query.destination.word();
         let size = size_of::<FibParameters>() as i32;
         // SAFETY: the parameters are initialised, and `size` is theirs.
         let answer = unsafe { bpf_fib_lookup(self.context.as_ptr(), &raw mut parameters, size, 0) };
@@ -147,7 +160,7 @@ impl Tables for KernelTables<'_> {
             BPF_FIB_LKUP_RET_SUCCESS => Fib::Forward {
                 ifindex: parameters.ifindex,
                 source: Mac::new(parameters.smac),
-                next_hop: Mac::new(parameters.dmac),
+                next_hop: by_half_words(&parameters.dmac),
             },
             BPF_FIB_LKUP_RET_NOT_FWDED => Fib::NotForwarded,
             BPF_FIB_LKUP_RET_NO_NEIGH => Fib::NoNeighbour,

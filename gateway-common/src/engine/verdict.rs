@@ -1,6 +1,8 @@
 //! What becomes of a frame.
 
-use crate::abi::{Config, Outcome};
+use core::fmt;
+
+use crate::abi::{Config, Outcome, OutcomeInfo};
 
 /// What the driver is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,32 +17,72 @@ pub enum Action {
     Redirect(u32),
 }
 
-/// The action, and the outcome that is counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The action, and the number of the outcome that is counted.
+///
+/// One machine word: it travels through every early return, and as a structure it would lie on the stack, where the
+/// verifier refuses the unaligned copies that the compiler makes of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// Where the packet is counted.
-    pub outcome: Outcome,
-    /// What happens to the frame.
-    pub action: Action,
+    /// Interface index (32 bits), action (16 bits), outcome number (16 bits).
+    word: u64,
 }
 
+const PASS: u64 = 0;
+const DROP: u64 = 1;
+const TRANSMIT: u64 = 2;
+
 impl Verdict {
+    #[inline(always)]
+    const fn new(outcome: Outcome, action: u64, ifindex: u32) -> Self {
+        Self { word: (ifindex as u64) << 32 | action << 16 | outcome.number() as u64 }
+    }
+
     /// The kernel gets the frame as it came.
     #[inline(always)]
     pub const fn pass(outcome: Outcome) -> Self {
-        Self { outcome, action: Action::Pass }
+        Self::new(outcome, PASS, 0)
     }
 
     /// The frame ends here.
     #[inline(always)]
     pub const fn drop(outcome: Outcome) -> Self {
-        Self { outcome, action: Action::Drop }
+        Self::new(outcome, DROP, 0)
     }
 
     /// The frame leaves by interface `ifindex`.
     #[inline(always)]
     pub const fn send(outcome: Outcome, ifindex: u32, config: &Config) -> Self {
-        let action = if ifindex == config.ifindex { Action::Transmit } else { Action::Redirect(ifindex) };
-        Self { outcome, action }
+        if ifindex == config.ifindex { Self::new(outcome, TRANSMIT, 0) } else { Self::new(outcome, TRANSMIT, ifindex) }
+    }
+
+    /// Number of the outcome: index of its counter.
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        (self.word & 0xffff) as u32
+    }
+
+    /// What happens to the frame.
+    #[inline(always)]
+    pub const fn action(self) -> Action {
+        match (self.word >> 16) & 0xffff {
+            PASS => Action::Pass,
+            DROP => Action::Drop,
+            _ => match (self.word >> 32) as u32 {
+                0 => Action::Transmit,
+                ifindex => Action::Redirect(ifindex),
+            },
+        }
+    }
+
+    /// The row of the outcome; `None` for a number that no outcome has, which no constructor makes.
+    pub fn info(self) -> Option<&'static OutcomeInfo> {
+        Outcome::by_number(self.number())
+    }
+}
+
+impl fmt::Debug for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let label = self.info().map_or("?", |row| row.label);
+        write!(f, "{label} ({:?})", self.action())
     }
 }
