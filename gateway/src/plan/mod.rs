@@ -5,7 +5,10 @@
 //!   equates it with planning everything afresh.
 //! - [`Changes`] names the keys whose goal changed; appliers look the new goal up in [`Desired`].
 
+mod nets;
+mod nodes;
 mod planner;
+mod pods;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

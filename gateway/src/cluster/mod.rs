@@ -1,0 +1,11 @@
+//! Cluster objects: where they come from, and what the overlay network wrote on them.
+//!
+//! - [`model`]: the events that every source sends.
+//! - [`files`]: a watched directory of Kubernetes manifests.
+//! - [`flannel`]: what flannel's annotations say about a Node, and where a Pod is.
+//! - [`problem`]: what is wrong with an object, for people.
+
+pub mod files;
+pub mod flannel;
+pub mod model;
+pub mod problem;

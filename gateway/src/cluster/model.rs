@@ -1,0 +1,89 @@
+//! The events that every source of cluster objects sends.
+//!
+//! A source begins with [`Event::Listing`], sends everything that exists, and says [`Event::Synced`]. What was known
+//! before and was not named in between is gone. After that it sends what changes, and may list again at any time.
+//! Until `Synced` nothing that was known goes away, so a source that restarts never takes entries from under traffic.
+
+use std::{fmt, sync::Arc};
+
+use k8s_openapi::api::core::v1::{Node, Pod};
+
+/// A cluster object that matters to the gateway.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A Node.
+    Node(Node),
+    /// A Pod.
+    Pod(Pod),
+}
+
+impl Object {
+    /// Its identity. A Pod without a namespace is in `default`, as `kubectl apply` would put it.
+    pub fn reference(&self) -> ObjectRef {
+        match self {
+            Self::Node(node) => ObjectRef::node(node.metadata.name.as_deref().unwrap_or_default()),
+            Self::Pod(pod) => ObjectRef::pod(
+                pod.metadata.namespace.as_deref().unwrap_or("default"),
+                pod.metadata.name.as_deref().unwrap_or_default(),
+            ),
+        }
+    }
+}
+
+/// Names an object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ObjectRef {
+    /// A Node by name.
+    Node(Arc<str>),
+    /// A Pod.
+    Pod(PodRef),
+}
+
+/// Names a Pod.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodRef {
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name within the namespace.
+    pub name: Arc<str>,
+}
+
+impl ObjectRef {
+    /// Names a Node.
+    pub fn node(name: &str) -> Self {
+        Self::Node(name.into())
+    }
+
+    /// Names a Pod.
+    pub fn pod(namespace: &str, name: &str) -> Self {
+        Self::Pod(PodRef { namespace: namespace.into(), name: name.into() })
+    }
+}
+
+impl fmt::Display for PodRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pod {}/{}", self.namespace, self.name)
+    }
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Node(name) => write!(f, "Node {name}"),
+            Self::Pod(pod) => pod.fmt(f),
+        }
+    }
+}
+
+/// What a source says.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A full listing begins.
+    Listing,
+    /// The object exists, and this is what it says now.
+    Apply(Arc<Object>),
+    /// The object is gone.
+    Delete(ObjectRef),
+    /// The listing is complete.
+    Synced,
+}

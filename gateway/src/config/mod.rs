@@ -1,0 +1,150 @@
+//! The one configuration file, validated as a whole.
+
+use std::{net::Ipv4Addr, path::PathBuf};
+
+use gateway_common::{
+    abi::Roles,
+    wire::{Mac, Vni},
+};
+use ipnet::Ipv4Net;
+
+/// The validated configuration: every field has its final value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Name of this gateway on the host; part of the bpffs path.
+    pub instance: String,
+    /// Where cluster objects come from.
+    pub source: Source,
+    /// Interfaces with roles; several entries may name one interface with different VLANs.
+    pub interfaces: Vec<Interface>,
+    /// Overlays; the index is the overlay id.
+    pub overlays: Vec<Overlay>,
+    /// Settings of the BPF program and its tables.
+    pub datapath: Datapath,
+}
+
+/// Where cluster objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A directory of Kubernetes manifests.
+    Files {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+/// Roles of an (interface, VLAN).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Name of the network device that the program is attached to.
+    pub name: String,
+    /// VLAN id on that device, `None` for untagged frames.
+    pub vlan: Option<u16>,
+    /// What it may do.
+    pub roles: Roles,
+}
+
+/// How strictly outer and inner sources of tunnel packets are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceCheck {
+    /// The outer source must be the node's endpoint or an extra source.
+    Strict,
+    /// The outer source may be any address of the node.
+    Node,
+    /// Neither the outer nor the inner source is checked.
+    Off,
+}
+
+/// The outer header's don't-fragment bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DontFragment {
+    /// 0, as Linux' vxlan devices send by default.
+    Unset,
+    /// 1.
+    Set,
+    /// A copy of the inner bit.
+    Inherit,
+}
+
+/// One overlay network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// Name; the kernel device is `gw-<name>`.
+    pub name: String,
+    /// VXLAN network identifier.
+    pub vni: Vni,
+    /// UDP port of the tunnel.
+    pub port: u16,
+    /// Underlay address of our VTEP: outer source of what we send, the Node's `public-ip`.
+    pub local: Ipv4Addr,
+    /// MAC address of our VTEP: the Node's `VtepMAC`.
+    pub mac: Mac,
+    /// Our own subnet: the Node's podCIDR.
+    pub subnet: Ipv4Net,
+    /// Our address in the overlay; by default the subnet's network address, as flannel nodes have it.
+    pub address: Ipv4Addr,
+    /// The cluster's pod network (flannel's `Network`), if configured: used to warn of podCIDRs outside.
+    pub network: Option<Ipv4Net>,
+    /// flannel's `DirectRouting`.
+    pub direct_routing: bool,
+    /// Source checks on decapsulation.
+    pub source_check: SourceCheck,
+    /// Outer sources to accept besides the nodes' own, by node name.
+    pub extra_sources: Vec<ExtraSource>,
+    /// Outer DF.
+    pub dont_fragment: DontFragment,
+    /// Outer TTL.
+    pub ttl: u8,
+    /// Outer DSCP, 0 to 63.
+    pub dscp: u8,
+    /// Tolerate VXLAN group policy bits.
+    pub allow_gbp: bool,
+    /// Prefix of flannel's annotation keys.
+    pub annotation_prefix: String,
+}
+
+/// An outer source that belongs to a node although no object says so (NAT, a second address).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExtraSource {
+    /// Name of the node.
+    pub node: String,
+    /// The address its tunnel packets come from.
+    pub address: Ipv4Addr,
+}
+
+/// How the program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the driver.
+    Driver,
+    /// In the kernel's generic hook: slow, for drivers without XDP.
+    Generic,
+}
+
+/// Verbosity of the datapath's own log (aya-log), for debugging only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DatapathLog {
+    /// Compiled away by the verifier.
+    Off,
+    /// One record for each packet.
+    Debug,
+}
+
+/// Settings of the BPF program and its tables.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Datapath {
+    /// Attach mode.
+    pub xdp_mode: XdpMode,
+    /// Per-packet log.
+    pub log: DatapathLog,
+    /// Root of the bpffs.
+    pub bpffs: PathBuf,
+    /// Entries of the pod table.
+    pub max_pods: u32,
+    /// Entries of the prefix table.
+    pub max_prefixes: u32,
+    /// Entries of the VTEP table.
+    pub max_vteps: u32,
+    /// Entries of the outer source table.
+    pub max_sources: u32,
+}

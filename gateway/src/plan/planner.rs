@@ -1,0 +1,286 @@
+//! Keeps [`Desired`] up to date, one event at a time.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    net::Ipv4Addr,
+    sync::Arc,
+};
+
+use super::{
+    Changes, Desired, OverlayId, VtepKey,
+    nodes::{Membership, Nodes, Touched},
+    pods::Pods,
+};
+use crate::{
+    cluster::{
+        flannel::{NodeSkip, PodSkip, read_node, read_pod},
+        model::{Event, Object, ObjectRef, PodRef},
+        problem::Problem,
+    },
+    config::Overlay,
+};
+
+/// From events to tables.
+#[derive(Debug)]
+pub struct Planner {
+    overlays: Vec<Arc<Overlay>>,
+    nodes: Vec<Nodes>,
+    pods: Pods,
+    desired: Desired,
+    /// What the listing under way has named so far.
+    listed: Option<HashSet<ObjectRef>>,
+    synced: bool,
+}
+
+impl Planner {
+    /// A planner that knows no object yet. The index of an overlay is its id.
+    pub fn new(overlays: &[Overlay]) -> Self {
+        let overlays: Vec<Arc<Overlay>> = overlays.iter().cloned().map(Arc::new).collect();
+        Self {
+            nodes: overlays.iter().cloned().map(Nodes::new).collect(),
+            overlays,
+            pods: Pods::default(),
+            desired: Desired::default(),
+            listed: None,
+            synced: false,
+        }
+    }
+
+    /// Takes an event; returns exactly the keys whose goal is another one now.
+    pub fn apply(&mut self, event: &Event) -> Changes {
+        match event {
+            Event::Listing => {
+                self.listed = Some(HashSet::new());
+                Changes::default()
+            }
+            Event::Apply(object) => {
+                if let Some(listed) = &mut self.listed {
+                    listed.insert(object.reference());
+                }
+                self.put(object)
+            }
+            Event::Delete(reference) => {
+                if let Some(listed) = &mut self.listed {
+                    listed.remove(reference);
+                }
+                self.delete(reference)
+            }
+            Event::Synced => self.end_listing(),
+        }
+    }
+
+    /// The goal.
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// Whether a full listing has been seen. Before that an absent key means nothing.
+    pub fn is_synced(&self) -> bool {
+        self.synced
+    }
+
+    /// Everything that is wrong now: with single objects, and between them. Costs work in proportion to the cluster.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = self.nodes.iter().flat_map(Nodes::problems).collect();
+        problems.extend(self.pods.rejected().cloned());
+        for address in self.pods.contested() {
+            let mut claimants = self.pods.claimants(address);
+            let Some((owner, _)) = claimants.next() else { continue };
+            problems.extend(claimants.map(|(loser, _)| {
+                Problem::error(
+                    format!("{loser}, status.podIP"),
+                    format!(
+                        "{address} is also that of {owner}, which has precedence (not terminating, newer)"
+                    ),
+                    "delete the stale Pod if it does not go away by itself",
+                )
+            }));
+        }
+        problems.extend(self.misplaced());
+        problems
+    }
+
+    /// Nodes that an overlay leaves out although nothing is wrong with them.
+    pub fn skipped_nodes(&self) -> impl Iterator<Item = (OverlayId, &str, NodeSkip)> {
+        (0..).zip(&self.nodes).flat_map(|(overlay, nodes)| {
+            nodes.skipped().map(move |(name, reason)| (overlay, name.as_ref(), reason))
+        })
+    }
+
+    /// How many pods are left out for each reason although nothing is wrong with them.
+    pub fn skipped_pods(&self) -> BTreeMap<PodSkip, usize> {
+        self.pods.skipped()
+    }
+
+    fn put(&mut self, object: &Object) -> Changes {
+        match (object, object.reference()) {
+            (Object::Node(node), ObjectRef::Node(name)) => {
+                let mut changes = Changes::default();
+                for index in 0..self.nodes.len() {
+                    let reading = read_node(node, &self.overlays[index]);
+                    let touched = self.nodes[index].set(&name, Some(reading));
+                    changes.merge(self.update_nodes(index, touched));
+                }
+                changes
+            }
+            (Object::Pod(pod), ObjectRef::Pod(reference)) => {
+                let reading = read_pod(pod, &reference);
+                let touched = self.pods.set(&reference, Some(reading));
+                self.update_pods(touched)
+            }
+            _ => unreachable!("an object's reference has the object's kind"),
+        }
+    }
+
+    fn delete(&mut self, reference: &ObjectRef) -> Changes {
+        match reference {
+            ObjectRef::Node(name) => {
+                let mut changes = Changes::default();
+                for index in 0..self.nodes.len() {
+                    let touched = self.nodes[index].set(name, None);
+                    changes.merge(self.update_nodes(index, touched));
+                }
+                changes
+            }
+            ObjectRef::Pod(pod) => {
+                let touched = self.pods.set(pod, None);
+                self.update_pods(touched)
+            }
+        }
+    }
+
+    fn end_listing(&mut self) -> Changes {
+        self.synced = true;
+        let Some(listed) = self.listed.take() else { return Changes::default() };
+        let nodes: BTreeSet<&Arc<str>> = self.nodes.iter().flat_map(Nodes::names).collect();
+        let gone: Vec<ObjectRef> = nodes
+            .into_iter()
+            .cloned()
+            .map(ObjectRef::Node)
+            .chain(self.pods.names().cloned().map(ObjectRef::Pod))
+            .filter(|known| !listed.contains(known))
+            .collect();
+        let before = self.desired.clone();
+        let mut changes = Changes::default();
+        for reference in gone {
+            changes.merge(self.delete(&reference));
+        }
+        // One deletion may undo what another one did, as when a node loses to one that goes next.
+        changes.vteps.retain(|key| before.vteps.get(key) != self.desired.vteps.get(key));
+        changes.pods.retain(|key| before.pods.get(key) != self.desired.pods.get(key));
+        changes.prefixes.retain(|key| before.prefixes.get(key) != self.desired.prefixes.get(key));
+        changes.sources.retain(|key| before.sources.get(key) != self.desired.sources.get(key));
+        changes
+    }
+
+    fn update_nodes(&mut self, index: usize, touched: Touched) -> Changes {
+        let Touched { vteps, prefixes, sources } = touched;
+        let overlay = overlay_id(index);
+        let mut changes = Changes::default();
+        let mut addresses = BTreeSet::new();
+        for node in vteps {
+            addresses.extend(self.pods.addresses_on(&node));
+            let goal = self.nodes[index].vtep(&node);
+            set(&mut self.desired.vteps, VtepKey { overlay, node }, goal, &mut changes.vteps);
+        }
+        for cidr in prefixes {
+            let goal = self.nodes[index].prefix(cidr).map(|node| VtepKey { overlay, node });
+            set(&mut self.desired.prefixes, (overlay, cidr), goal, &mut changes.prefixes);
+        }
+        for address in sources {
+            let goal = self.nodes[index].source(address).map(|node| VtepKey { overlay, node });
+            set(&mut self.desired.sources, (overlay, address), goal, &mut changes.sources);
+        }
+        for address in addresses {
+            let goal = self.pod_goal(index, address);
+            set(&mut self.desired.pods, (overlay, address), goal, &mut changes.pods);
+        }
+        changes
+    }
+
+    fn update_pods(&mut self, touched: BTreeSet<Ipv4Addr>) -> Changes {
+        let mut changes = Changes::default();
+        for address in touched {
+            for index in 0..self.nodes.len() {
+                let goal = self.pod_goal(index, address);
+                set(&mut self.desired.pods, (overlay_id(index), address), goal, &mut changes.pods);
+            }
+        }
+        changes
+    }
+
+    /// The best claim of a pod whose node belongs to the overlay counts; if that node lost against another one, the
+    /// address is nowhere.
+    fn pod_goal(&self, index: usize, address: Ipv4Addr) -> Option<VtepKey> {
+        if self.overlays[index].subnet.contains(&address) {
+            return None;
+        }
+        let nodes = &self.nodes[index];
+        let (node, membership) = self
+            .pods
+            .claimants(address)
+            .map(|(_, node)| (node, nodes.membership(node)))
+            .find(|(_, membership)| *membership != Membership::None)?;
+        (membership == Membership::Vtep).then(|| VtepKey { overlay: overlay_id(index), node: node.clone() })
+    }
+
+    /// Pods whose address is not one that their node's flannel gives out.
+    fn misplaced(&self) -> Vec<Problem> {
+        let mut found: Vec<(&PodRef, Problem)> = Vec::new();
+        for (pod, facts) in self.pods.placed() {
+            for (overlay, nodes) in self.overlays.iter().zip(&self.nodes) {
+                if nodes.membership(&facts.node) != Membership::Vtep {
+                    continue;
+                }
+                let place = format!("{pod}, status.podIP");
+                if overlay.subnet.contains(&facts.address) {
+                    found.push((
+                        pod,
+                        Problem::error(
+                            place,
+                            format!("{} is in the gateway's own subnet {}", facts.address, overlay.subnet),
+                            "the subnet must not be given to a node: check the allocation of pod CIDRs",
+                        ),
+                    ));
+                } else if let Some(cidr) =
+                    nodes.cidr(&facts.node).filter(|cidr| !cidr.contains(&facts.address))
+                {
+                    found.push((
+                        pod,
+                        Problem::warning(
+                            place,
+                            format!(
+                                "{} is outside of {cidr}, the podCIDR of Node {}",
+                                facts.address, facts.node
+                            ),
+                            "if another network plugin gave the address, the node may not deliver it",
+                        ),
+                    ));
+                }
+            }
+        }
+        found.sort_by(|(a, _), (b, _)| a.cmp(b));
+        found.into_iter().map(|(_, problem)| problem).collect()
+    }
+}
+
+fn overlay_id(index: usize) -> OverlayId {
+    OverlayId::try_from(index).expect("the configuration allows a handful of overlays")
+}
+
+/// Sets or removes a goal, and notes the key if that changes anything.
+fn set<K: Ord + Clone, V: PartialEq>(
+    table: &mut BTreeMap<K, V>,
+    key: K,
+    goal: Option<V>,
+    changed: &mut BTreeSet<K>,
+) {
+    if table.get(&key) == goal.as_ref() {
+        return;
+    }
+    match goal {
+        Some(goal) => table.insert(key.clone(), goal),
+        None => table.remove(&key),
+    };
+    changed.insert(key);
+}
