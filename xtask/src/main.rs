@@ -4,9 +4,11 @@ mod build;
 mod demo;
 mod lab;
 mod lint;
+mod object;
 mod process;
 mod setup;
 mod test;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -25,6 +27,8 @@ enum Verb {
     Setup,
     /// Build the gateway with the BPF object inside
     Build(build::Options),
+    /// Check the BPF object: forbidden symbols, stack, names, budget of instructions
+    Verify(verify::Options),
     /// Check format and lints of all crates, host and BPF
     Lint,
     /// Run the tests
@@ -39,6 +43,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Setup => setup::run(&setup::Need::ALL),
         Verb::Build(options) => build::run(&options),
+        Verb::Verify(options) => verify::run(&options),
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
         Verb::Demo(options) => demo::run(&options),
