@@ -1,0 +1,135 @@
+//! The gateway under test: the program that users run, on the lab's gateway host.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::{
+    flannel::{EXTERNAL, Flannel, UNDERLAY},
+    host::Host,
+    process::Process,
+    profile_directory, wait_until,
+};
+
+/// Names the gateway's program when it is not the one that lies beside this.
+pub const PROGRAM_VARIABLE: &str = "GATEWAY_BIN";
+
+const START: Duration = Duration::from_secs(15);
+
+/// A gateway that runs.
+#[derive(Debug)]
+pub struct Gateway {
+    program: PathBuf,
+    config: PathBuf,
+    process: Process,
+}
+
+impl Gateway {
+    /// Starts the gateway of a lab and waits until its program is attached to both interfaces.
+    pub fn start(lab: &Flannel) -> Result<Self> {
+        let program = program()?;
+        let config = lab.config();
+        let process = lab.gateway().spawn(&command(&program, &config, &["run"])?)?;
+        let mut gateway = Self { program, config, process };
+        gateway.wait_attached(lab.gateway())?;
+        Ok(gateway)
+    }
+
+    /// The daemon.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// What `gateway <verb>` prints for people.
+    pub fn text(&self, host: &Host, verb: &[&str]) -> Result<String> {
+        host.run(&command(&self.program, &self.config, verb)?)
+    }
+
+    /// What `gateway <verb> --json` prints.
+    pub fn json(&self, host: &Host, verb: &[&str]) -> Result<Value> {
+        let text = self.text(host, &[verb, &["--json"]].concat())?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("`gateway {}` printed no JSON: {text}", verb.join(" ")))
+    }
+
+    /// Packets of every outcome, by label.
+    pub fn counters(&self, host: &Host) -> Result<BTreeMap<String, u64>> {
+        let shown = self.json(host, &["show", "counters"])?;
+        let rows =
+            shown.as_array().or_else(|| shown["counters"].as_array()).context("no list of counters")?;
+        rows.iter()
+            .map(|row| {
+                let label = row["label"].as_str().context("a counter without label")?;
+                let packets = row["packets"].as_u64().with_context(|| format!("{label} without packets"))?;
+                Ok((label.to_owned(), packets))
+            })
+            .collect()
+    }
+
+    /// Ends the daemon as a service manager does. The datapath keeps forwarding.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.process.stop(Signal::SIGTERM, Duration::from_secs(5))
+    }
+
+    /// Starts the daemon again after [`Self::stop`].
+    pub fn restart(&mut self, host: &Host) -> Result<()> {
+        self.process = host.spawn(&command(&self.program, &self.config, &["run"])?)?;
+        self.wait_attached(host)
+    }
+
+    /// Process id of the daemon.
+    pub fn process_id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Leaves the daemon running when this process ends.
+    pub fn keep(self) {
+        self.process.keep();
+    }
+
+    fn wait_attached(&mut self, host: &Host) -> Result<()> {
+        wait_until("the gateway attaches its program", START, || {
+            if let Some(status) = self.process.ended()? {
+                bail!("the gateway ended ({status}):\n{}", self.process.output()?);
+            }
+            Ok((attached(host, EXTERNAL)? && attached(host, UNDERLAY)?).then_some(()))
+        })
+        .with_context(|| format!("log: {}", self.process.log().display()))
+    }
+}
+
+/// The gateway's program: `GATEWAY_BIN`, else the one that was built with this.
+pub fn program() -> Result<PathBuf> {
+    if let Some(path) = env::var_os(PROGRAM_VARIABLE) {
+        let path = PathBuf::from(path);
+        ensure!(path.is_file(), "{PROGRAM_VARIABLE} names {}, which is no file", path.display());
+        return Ok(path);
+    }
+    let path = profile_directory()?.join("gateway");
+    ensure!(path.is_file(), "{} is missing: run `cargo build -p gateway`", path.display());
+    Ok(path)
+}
+
+/// Whether an XDP program is attached to the interface.
+pub fn attached(host: &Host, interface: &str) -> Result<bool> {
+    let links: Value = serde_json::from_str(&host.run(&["ip", "-json", "link", "show", "dev", interface])?)?;
+    Ok(links[0].get("xdp").is_some())
+}
+
+/// The words of a call of the gateway.
+pub fn command(program: &Path, config: &Path, verb: &[&str]) -> Result<Vec<String>> {
+    let words = [program.to_str(), config.to_str()];
+    let [Some(program), Some(config)] = words else { bail!("a path is not UTF-8: {words:?}") };
+    let mut command = vec![program.to_owned()];
+    command.extend(verb.iter().map(|word| (*word).to_owned()));
+    command.extend(["--config".to_owned(), config.to_owned()]);
+    Ok(command)
+}

@@ -1,0 +1,78 @@
+//! Topologies of network namespaces.
+//!
+//! - [`Flannel`]: the topology of the main job.
+//! - [`Host`]: what one can do on a host: run commands, capture, inject frames, open sockets.
+//! - [`traffic`]: ping, iperf3, HTTP and their results.
+//! - [`Gateway`]: the gateway under test.
+//! - [`registry`]: how labs end.
+//!
+//! Two properties of veth devices shape the wiring. Packets that the kernel itself sends carry unfinished checksums,
+//! so senders have transmit checksum offload off (an XDP program would freeze what is unfinished). And a frame that
+//! XDP redirects into a veth device arrives only if its peer polls (NAPI): the switch ports facing the gateway have GRO on.
+
+pub mod capture;
+pub mod flannel;
+pub mod gateway;
+pub mod host;
+pub mod manifest;
+pub mod netns;
+pub mod process;
+pub mod registry;
+pub mod standing;
+pub mod traffic;
+pub mod wiring;
+
+use std::{
+    env,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+pub use self::{
+    capture::Capture,
+    flannel::Flannel,
+    gateway::Gateway,
+    host::{Host, Role},
+    process::Process,
+};
+
+/// Tries until `attempt` gives a value, and gives that.
+///
+/// # Errors
+/// When `attempt` fails, and when it has given nothing for `limit`; the error names `what`.
+pub fn wait_until<T>(
+    what: &str,
+    limit: Duration,
+    mut attempt: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = attempt().with_context(|| format!("while waiting: {what}"))? {
+            return Ok(value);
+        }
+        if start.elapsed() > limit {
+            bail!("not within {limit:?}: {what}");
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Where Cargo puts what this program was built with: the directory of the profile, such as `target/debug`.
+pub fn profile_directory() -> Result<PathBuf> {
+    let program = env::current_exe().context("cannot tell where this program lies")?;
+    let mut directory = program.parent().context("this program lies nowhere")?;
+    // Test programs lie one level deeper than binaries.
+    if directory.ends_with("deps") {
+        directory = directory.parent().context("no directory above deps")?;
+    }
+    Ok(directory.to_owned())
+}
+
+/// The directory for logs and captures of the lab called `label`: `target/lab/<label>`.
+pub fn evidence_directory(label: &str) -> Result<PathBuf> {
+    let profile = profile_directory()?;
+    Ok(profile.parent().context("no target directory")?.join("lab").join(label))
+}

@@ -1,0 +1,8 @@
+//! The lab: network namespaces that play a client LAN, the gateway host and a flannel cluster.
+//!
+//! The cluster's side is the kernel's own VXLAN, bridges and routes, set up as flannel sets them up; none of it is
+//! code of the gateway. So a suite that passes here says something about real nodes.
+//!
+//! - [`lab`]: hosts, wires, topologies, traffic, captures.
+
+pub mod lab;
