@@ -29,6 +29,7 @@ impl Sum {
 
     /// The sum in 16 bits.
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the second fold leaves 16 bits")]
     pub const fn fold(self) -> u16 {
         let once = (self.0 & 0xffff) + (self.0 >> 16);
         let twice = (once & 0xffff) + (once >> 16);

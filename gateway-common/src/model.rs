@@ -22,9 +22,14 @@ pub struct HostFrame {
 impl HostFrame {
     /// A frame of these bytes with the usual headroom.
     pub fn new(bytes: &[u8]) -> Self {
-        let mut buffer = vec![0; HEADROOM];
+        Self::with_headroom(bytes, HEADROOM)
+    }
+
+    /// A frame of these bytes with this many bytes in front.
+    pub fn with_headroom(bytes: &[u8], headroom: usize) -> Self {
+        let mut buffer = vec![0; headroom];
         buffer.extend_from_slice(bytes);
-        Self { buffer, start: HEADROOM }
+        Self { buffer, start: headroom }
     }
 
     /// The frame's bytes.

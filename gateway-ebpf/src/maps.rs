@@ -14,9 +14,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use gateway_common::{
-    abi::{
-        Config, Counter, Egress, LocalAddress, OUTCOME_CAPACITY, OverlayAddress, PrefixKey, Route, Vtep,
-    },
+    abi::{Config, Counter, Egress, LocalAddress, OUTCOME_CAPACITY, OverlayAddress, PrefixKey, Route, Vtep},
     engine::{Fib, FibQuery, Tables},
     wire::{Ipv4, Mac},
 };
@@ -169,4 +167,3 @@ impl Tables for KernelTables<'_> {
         }
     }
 }
-

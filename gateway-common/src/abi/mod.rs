@@ -10,8 +10,8 @@ mod tables;
 pub use config::{Config, MAX_OVERLAYS, MAX_VLANS, Overlay, OverlayFlags, Roles, VlanPort};
 pub use outcome::{Class, Counter, OUTCOME_CAPACITY, Outcome, OutcomeInfo, Severity};
 pub use tables::{
-    Egress, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED, LocalAddress,
-    OverlayAddress, PrefixKey, Route, Vtep, VtepFlags, VtepSlot,
+    Egress, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
+    LocalAddress, OverlayAddress, PrefixKey, Route, Vtep, VtepFlags, VtepSlot,
 };
 
 /// Version of the table layouts; part of the bpffs path, so that two versions never share a pin.

@@ -200,7 +200,10 @@ mod tests {
     #[test]
     fn every_outcome_finds_its_own_row() {
         for row in Outcome::TABLE {
-            assert_eq!(Outcome::by_number(row.outcome.number()).map(|found| found.outcome), Some(row.outcome));
+            assert_eq!(
+                Outcome::by_number(row.outcome.number()).map(|found| found.outcome),
+                Some(row.outcome)
+            );
             assert_eq!(Outcome::by_label(row.label).map(|found| found.outcome), Some(row.outcome));
         }
     }
@@ -208,7 +211,11 @@ mod tests {
     #[test]
     fn labels_are_snake_case_and_help_is_a_sentence() {
         for row in Outcome::TABLE {
-            assert!(row.label.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b.is_ascii_digit()), "{}", row.label);
+            assert!(
+                row.label.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b.is_ascii_digit()),
+                "{}",
+                row.label
+            );
             assert!(row.help.ends_with(['.', '?']), "{}", row.help);
         }
     }

@@ -70,7 +70,11 @@ fn answer(arp: &mut ArpHdr, request: Request, mac: Mac) {
 /// ARP on an interface: answered with the interface's MAC address if the target is a pod or in a pod prefix. A probe
 /// (sender 0.0.0.0) is answered too: the address is in use (RFC 5227 section 2.1.1).
 #[inline(always)]
-pub(super) fn from_outside<F: Frame, T: Tables>(frame: &mut F, tables: &T, link: Link) -> Result<Verdict, Verdict> {
+pub(super) fn from_outside<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    link: Link,
+) -> Result<Verdict, Verdict> {
     let config = tables.config();
     let for_us = link.destination == config.mac || link.destination == Mac::BROADCAST;
     if !link.roles.has(Roles::EXTERNAL) || !for_us {

@@ -181,7 +181,11 @@ pub(super) struct Tunnel {
 /// Recognises tunnel packets by destination address and port. Later fragments carry no port: they are left to the
 /// kernel, which cannot complete the datagram because its first fragment ends here.
 #[inline(always)]
-pub(super) fn tunnel<F: Frame>(frame: &F, config: &Config, packet: Packet) -> Result<Option<Tunnel>, Verdict> {
+pub(super) fn tunnel<F: Frame>(
+    frame: &F,
+    config: &Config,
+    packet: Packet,
+) -> Result<Option<Tunnel>, Verdict> {
     if packet.protocol != UDP || packet.is_later_fragment() || !is_vtep(config, packet.destination) {
         return Ok(None);
     }
@@ -190,7 +194,8 @@ pub(super) fn tunnel<F: Frame>(frame: &F, config: &Config, packet: Packet) -> Re
         return Err(Verdict::drop(Outcome::OuterMalformed));
     };
     let port = Be16 { bytes: udp.dst };
-    let known = config.overlays().any(|(_, overlay)| overlay.local == packet.destination && overlay.port == port);
+    let known =
+        config.overlays().any(|(_, overlay)| overlay.local == packet.destination && overlay.port == port);
     let tunnel = Tunnel { udp: at, port, udp_len: u16::from_be_bytes(udp.len) };
     Ok(if known { Some(tunnel) } else { None })
 }

@@ -5,12 +5,12 @@ use network_types::ip::Ipv4Hdr;
 use super::{Frame, Verdict};
 use crate::{
     abi::{
-        Config, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED, Outcome,
-        VtepSlot,
+        Config, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
+        Outcome, VtepSlot,
     },
     checksum::{self, Sum},
     flow,
-    wire::{Be16, Ethernet, TaggedEthernet, TunnelHeaders, Wire, view},
+    wire::{Be16, EtherType, Ethernet, Tag, TaggedEthernet, TunnelHeaders, Wire, view},
 };
 
 /// What of the inner packet shows on the outer header.
@@ -66,7 +66,8 @@ impl<const L2: usize> TunnelHeader<L2> {
     /// Patches a copied template for `payload` bytes behind the inner Ethernet header.
     #[inline(always)]
     pub(super) fn patch(&mut self, slot: &VtepSlot, payload: u32, outer: Outer) {
-        let total = Be16::new((payload as u16).wrapping_add((size_of::<Ipv4Hdr>() + TunnelHeaders::LEN) as u16));
+        let total =
+            Be16::new((payload as u16).wrapping_add((size_of::<Ipv4Hdr>() + TunnelHeaders::LEN) as u16));
         // ECN: the inner bits, but CE becomes ECT(0), as Linux does it (include/net/inet_ecn.h, INET_ECN_encapsulate).
         let inner = outer.tos & ECN_MASK;
         let ecn = if inner == ECN_CE { ECN_ECT0 } else { inner };
@@ -122,7 +123,11 @@ fn tunnelled<F: Frame, const L2: usize>(
 }
 
 #[inline(always)]
-fn direct<F: Frame, const L2: usize>(frame: &mut F, link_len: usize, slot: &VtepSlot) -> Result<Outcome, Verdict> {
+fn direct<F: Frame, const L2: usize>(
+    frame: &mut F,
+    link_len: usize,
+    slot: &VtepSlot,
+) -> Result<Outcome, Verdict> {
     let routed: &mut Routed<[u8; L2]> = resized(frame, link_len, L2)?;
     routed.front = *view::prefix(&slot.header);
     hop(&mut routed.ip);
@@ -143,8 +148,6 @@ pub(super) struct Outward {
 /// Strips everything in front of the packet at `at`, and gives it a link header for the outside.
 #[inline(always)]
 pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward) -> Result<(), Verdict> {
-    use crate::wire::{EtherType, Tag};
-
     let ip = if outward.vlan == 0 {
         let routed: &mut Routed<Ethernet> = resized(frame, at, Ethernet::LEN)?;
         routed.front = Ethernet { kind: EtherType::IPV4, ..outward.link };
@@ -164,9 +167,9 @@ pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward) -
 
 /// Makes what stands in front of the IP packet `to` bytes long instead of `from`.
 #[inline(always)]
+#[expect(clippy::cast_possible_wrap, reason = "lengths of headers")]
 fn resized<F: Frame, T: Wire>(frame: &mut F, from: usize, to: usize) -> Result<&mut T, Verdict> {
-    let by = (to as i32).wrapping_sub(from as i32);
-    if by != 0 && !frame.grow_front(by) {
+    if from != to && !frame.grow_front((to as i32).wrapping_sub(from as i32)) {
         return Err(Verdict::pass(Outcome::NoHeadroom));
     }
     frame.write::<T>(0).ok_or(Verdict::drop(Outcome::ResizeFailed))

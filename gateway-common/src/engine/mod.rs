@@ -4,6 +4,11 @@
 //! kernel is passed as it came. The engine sees the packet through [`Frame`] and everything else through [`Tables`];
 //! in the kernel these are the XDP context and BPF maps, on the host a vector and ordinary maps.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "lengths of headers and of one packet fit the narrower type"
+)]
+
 mod arp;
 mod classify;
 mod emit;

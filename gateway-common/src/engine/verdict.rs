@@ -52,7 +52,11 @@ impl Verdict {
     /// The frame leaves by interface `ifindex`.
     #[inline(always)]
     pub const fn send(outcome: Outcome, ifindex: u32, config: &Config) -> Self {
-        if ifindex == config.ifindex { Self::new(outcome, TRANSMIT, 0) } else { Self::new(outcome, TRANSMIT, ifindex) }
+        if ifindex == config.ifindex {
+            Self::new(outcome, TRANSMIT, 0)
+        } else {
+            Self::new(outcome, TRANSMIT, ifindex)
+        }
     }
 
     /// Number of the outcome: index of its counter.

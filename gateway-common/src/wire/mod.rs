@@ -44,7 +44,7 @@ const _: () = {
 
 /// An IPv4 address in network order.
 #[repr(C)]
-#[derive(Clone, Copy, Default, Eq, Hash, Ord, PartialOrd, Pod, Zeroable)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct Ipv4 {
     /// The four octets, most significant first.
     pub octets: [u8; 4],
@@ -72,13 +72,6 @@ impl Ipv4 {
     #[inline(always)]
     pub const fn in_subnet(self, network: Self, mask: Self) -> bool {
         self.word() & mask.word() == network.word()
-    }
-}
-
-impl PartialEq for Ipv4 {
-    #[inline(always)]
-    fn eq(&self, other: &Self) -> bool {
-        self.word() == other.word()
     }
 }
 
@@ -117,7 +110,7 @@ impl core::str::FromStr for Ipv4 {
 
 /// An Ethernet MAC address.
 #[repr(C)]
-#[derive(Clone, Copy, Default, Eq, Hash, Ord, PartialOrd, Pod, Zeroable)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct Mac {
     /// The six octets as they stand on the wire.
     pub octets: [u8; 6],
@@ -168,13 +161,6 @@ impl Mac {
     }
 }
 
-impl PartialEq for Mac {
-    #[inline(always)]
-    fn eq(&self, other: &Self) -> bool {
-        self.halves() == other.halves()
-    }
-}
-
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.octets;
@@ -213,7 +199,7 @@ impl core::str::FromStr for Mac {
 
 /// A 16-bit integer in network order.
 #[repr(C)]
-#[derive(Clone, Copy, Default, Eq, Hash, Ord, PartialOrd, Pod, Zeroable)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct Be16 {
     /// Most significant byte first.
     pub bytes: [u8; 2],
@@ -233,13 +219,6 @@ impl Be16 {
     }
 }
 
-impl PartialEq for Be16 {
-    #[inline(always)]
-    fn eq(&self, other: &Self) -> bool {
-        u16::from_ne_bytes(self.bytes) == u16::from_ne_bytes(other.bytes)
-    }
-}
-
 impl fmt::Debug for Be16 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.get().fmt(f)
@@ -248,7 +227,7 @@ impl fmt::Debug for Be16 {
 
 /// A 24-bit VXLAN or Geneve network identifier in network order.
 #[repr(C)]
-#[derive(Clone, Copy, Default, Eq, Hash, Ord, PartialOrd, Pod, Zeroable)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct Vni {
     /// Most significant byte first.
     pub bytes: [u8; 3],
@@ -272,13 +251,6 @@ impl Vni {
     pub const fn get(self) -> u32 {
         let [a, b, c] = self.bytes;
         u32::from_be_bytes([0, a, b, c])
-    }
-}
-
-impl PartialEq for Vni {
-    #[inline(always)]
-    fn eq(&self, other: &Self) -> bool {
-        self.get() == other.get()
     }
 }
 
