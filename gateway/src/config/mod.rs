@@ -1,12 +1,31 @@
 //! The one configuration file, validated as a whole.
+//!
+//! - [`Options`]: the command line arguments that find the file and override single settings.
+//! - `reader`: a typed walk over the TOML document that goes on after a problem, so that all are reported at once.
+//! - `parse`: the keys, their defaults and what each of them may be.
+//! - `validate`: what must hold between keys.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+mod options;
+mod parse;
+mod problem;
+mod reader;
+mod validate;
 
+use std::{
+    fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use clap::ValueEnum;
 use gateway_common::{
     abi::Roles,
     wire::{Mac, Vni},
 };
 use ipnet::Ipv4Net;
+
+pub use options::{Options, Overrides};
+pub use problem::{Problem, Problems};
 
 /// The validated configuration: every field has its final value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,7 +132,7 @@ pub struct ExtraSource {
 }
 
 /// How the program is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum XdpMode {
     /// In the driver.
     Driver,
@@ -122,7 +141,7 @@ pub enum XdpMode {
 }
 
 /// Verbosity of the datapath's own log (aya-log), for debugging only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DatapathLog {
     /// Compiled away by the verifier.
     Off,
@@ -148,3 +167,22 @@ pub struct Datapath {
     /// Entries of the outer source table.
     pub max_sources: u32,
 }
+
+impl Config {
+    /// Reads and validates a configuration file. Everything that is wrong is reported, not only what comes first.
+    pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, Problems> {
+        let file = path.display().to_string();
+        match fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, &file, overrides),
+            Err(error) => Err(Problems::unreadable(&file, &error)),
+        }
+    }
+
+    /// Validates the text of a configuration file; `file` is its name in problems.
+    pub fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Self, Problems> {
+        parse::parse(text, file, overrides)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,49 @@
+//! Where the configuration file is, and what overrides it.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{Config, DatapathLog, Problems, XdpMode, parse::check_instance};
+
+/// Command line arguments and environment variables of every verb that needs the configuration.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Configuration file
+    #[arg(long, env = "GATEWAY_CONFIG", value_name = "FILE", default_value = "/etc/gateway/gateway.toml")]
+    pub config: PathBuf,
+    /// Settings that go before the file's.
+    #[command(flatten)]
+    pub overrides: Overrides,
+}
+
+impl Options {
+    /// Reads and validates the configuration.
+    pub fn load(&self) -> Result<Config, Problems> {
+        Config::load(&self.config, &self.overrides)
+    }
+}
+
+/// Settings that go before the file's; `None` leaves the file's.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Overrides {
+    /// Name of this gateway on the host, instead of the configuration's `instance`
+    #[arg(long, env = "GATEWAY_INSTANCE", value_name = "NAME", value_parser = parse_instance)]
+    pub instance: Option<String>,
+    /// Directory of manifests, instead of the configuration's `source.path`
+    #[arg(long, env = "GATEWAY_SOURCE_PATH", value_name = "DIRECTORY")]
+    pub source_path: Option<PathBuf>,
+    /// How the program is attached, instead of the configuration's `datapath.xdp_mode`
+    #[arg(long, env = "GATEWAY_XDP_MODE", value_name = "MODE")]
+    pub xdp_mode: Option<XdpMode>,
+    /// Per-packet log of the program, instead of the configuration's `datapath.log`
+    #[arg(long, env = "GATEWAY_DATAPATH_LOG", value_name = "LEVEL")]
+    pub datapath_log: Option<DatapathLog>,
+}
+
+fn parse_instance(text: &str) -> Result<String, String> {
+    match check_instance(text) {
+        Ok(()) => Ok(text.to_owned()),
+        Err((what, remedy)) => Err(format!("{what}; {remedy}")),
+    }
+}

@@ -1,0 +1,525 @@
+//! The keys of the configuration file, their defaults, and what each of them may be.
+
+use std::{net::Ipv4Addr, path::PathBuf};
+
+use clap::ValueEnum;
+use gateway_common::{
+    abi::Roles,
+    wire::{Mac, Vni},
+};
+use ipnet::Ipv4Net;
+use toml::de::{DeTable, DeValue};
+
+use super::{
+    Config, Datapath, DatapathLog, DontFragment, ExtraSource, Interface, Overlay, Overrides, Problems,
+    Source, SourceCheck, XdpMode,
+    reader::{Located, Parse, Report, Section, convert, kind},
+    validate,
+};
+
+const DEFAULT_INSTANCE: &str = "default";
+const DEFAULT_VNI: u32 = 1;
+const DEFAULT_PORT: u16 = 8472;
+const DEFAULT_TTL: u8 = 64;
+const DEFAULT_ANNOTATION_PREFIX: &str = "flannel.alpha.coreos.com/";
+const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+const DEFAULT_MAX_PODS: u32 = 262_144;
+const DEFAULT_MAX_PREFIXES: u32 = 16_384;
+const DEFAULT_MAX_VTEPS: u32 = 8_192;
+const DEFAULT_MAX_SOURCES: u32 = 32_768;
+/// Larger tables are a slip of the pen: the largest clusters have 150,000 pods.
+const LARGEST_TABLE: u32 = 1 << 24;
+
+/// An interface entry as far as it could be read.
+pub(super) struct InterfaceDraft {
+    pub(super) name: Option<Located<String>>,
+    /// Outer `None` if it is wrong, inner if it is absent.
+    pub(super) vlan: Option<Option<u16>>,
+    pub(super) roles: Option<Located<Roles>>,
+}
+
+/// An overlay entry as far as it could be read.
+pub(super) struct OverlayDraft {
+    pub(super) at: usize,
+    pub(super) name: Option<Located<String>>,
+    pub(super) vni: Option<Located<Vni>>,
+    pub(super) port: Option<Located<u16>>,
+    pub(super) local: Option<Located<Ipv4Addr>>,
+    pub(super) mac: Option<Located<Mac>>,
+    pub(super) subnet: Option<Located<Ipv4Net>>,
+    /// Outer `None` if it is wrong, inner if it is absent; so with `network`.
+    pub(super) address: Option<Option<Located<Ipv4Addr>>>,
+    pub(super) network: Option<Option<Located<Ipv4Net>>>,
+    pub(super) direct_routing: Option<Located<bool>>,
+    pub(super) source_check: Option<Located<SourceCheck>>,
+    pub(super) extra_sources: Option<Vec<Located<ExtraSource>>>,
+    pub(super) dont_fragment: Option<Located<DontFragment>>,
+    pub(super) ttl: Option<Located<u8>>,
+    pub(super) dscp: Option<Located<u8>>,
+    pub(super) allow_gbp: Option<Located<bool>>,
+    pub(super) annotation_prefix: Option<Located<String>>,
+}
+
+pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Config, Problems> {
+    let report = Report::new(file, text);
+    let (document, errors) = DeTable::parse_recoverable(text);
+    for error in &errors {
+        let at = error.span().map_or(0, |span| span.start);
+        report.syntax(at, error.message());
+    }
+    let mut root = Section::new(&report, String::new(), 0, document.into_inner());
+
+    let instance = match &overrides.instance {
+        Some(instance) => {
+            root.take("instance");
+            Some(instance.clone())
+        }
+        None => value(read_or(&mut root, "instance", INSTANCE, DEFAULT_INSTANCE.to_owned())),
+    };
+    let source = read_source(root.section("source"), overrides);
+    let interfaces: Option<Vec<InterfaceDraft>> = root
+        .sections("interface")
+        .map(|sections| sections.into_iter().map(|s| read_interface(s, &report)).collect());
+    let overlays: Option<Vec<OverlayDraft>> =
+        root.sections("overlay").map(|sections| sections.into_iter().map(read_overlay).collect());
+    let datapath = read_datapath(root.section("datapath"), overrides);
+    root.finish();
+
+    validate::interfaces(&report, interfaces.as_deref());
+    validate::overlays(&report, overlays.as_deref());
+    let config = (|| {
+        Some(Config {
+            instance: instance?,
+            source: source?,
+            interfaces: interfaces?.into_iter().map(InterfaceDraft::finish).collect::<Option<_>>()?,
+            overlays: overlays?.into_iter().map(OverlayDraft::finish).collect::<Option<_>>()?,
+            datapath: datapath?,
+        })
+    })();
+    match config {
+        Some(config) if report.is_empty() => Ok(config),
+        _ => Err(Problems(report.into_problems())),
+    }
+}
+
+fn read_source(mut section: Section<'_>, overrides: &Overrides) -> Option<Source> {
+    section.require("kind", SOURCE_KIND, "write kind = \"files\"");
+    let path = match &overrides.source_path {
+        Some(path) => {
+            section.take("path");
+            Some(path.clone())
+        }
+        None => value(section.require("path", PATH, "name the directory of Kubernetes manifests")),
+    };
+    section.finish();
+    Some(Source::Files { path: path? })
+}
+
+fn read_interface(mut section: Section<'_>, report: &Report<'_>) -> InterfaceDraft {
+    let name = section.require("name", INTERFACE_NAME, "name the network device, such as name = \"eth0\"");
+    let vlan = read_optional(&mut section, "vlan", VLAN).map(value);
+    const ROLES: &str = "write roles = [\"underlay\"], [\"external\"] or both";
+    let roles = match section.take("roles") {
+        None => {
+            section.missing("roles", ROLES);
+            None
+        }
+        Some(Located { value: DeValue::Array(array), at, key }) => {
+            let mut roles = Some(Roles::NONE);
+            for (index, item) in array.into_iter().enumerate() {
+                let item_at = item.span().start;
+                let item = Located { value: item.into_inner(), at: item_at, key: format!("{key}[{index}]") };
+                roles = match (roles, convert(report, &item, ROLE)) {
+                    (Some(roles), Some(role)) => Some(roles.with(role.value)),
+                    _ => None,
+                };
+            }
+            let found = Located { value: (), at, key };
+            match roles {
+                Some(Roles::NONE) => {
+                    found.note(report, "is empty", ROLES);
+                    None
+                }
+                Some(roles) => Some(Located { value: roles, at: found.at, key: found.key }),
+                None => None,
+            }
+        }
+        Some(found) => {
+            found.note(report, format!("is {}", kind(&found.value)), ROLES);
+            None
+        }
+    };
+    section.finish();
+    InterfaceDraft { name, vlan, roles }
+}
+
+impl InterfaceDraft {
+    fn finish(self) -> Option<Interface> {
+        Some(Interface { name: self.name?.value, vlan: self.vlan?, roles: self.roles?.value })
+    }
+}
+
+fn read_overlay(mut section: Section<'_>) -> OverlayDraft {
+    let draft = OverlayDraft {
+        at: section.at(),
+        name: section.require("name", OVERLAY_NAME, "name the overlay, such as name = \"flannel\""),
+        vni: read_or(&mut section, "vni", VNI, Vni::new(DEFAULT_VNI).expect("fits 24 bits")),
+        port: read_or(&mut section, "port", PORT, DEFAULT_PORT),
+        local: section.require(
+            "local",
+            HOST_ADDRESS,
+            "write this host's underlay address, the public-ip of the gateway's Node",
+        ),
+        mac: section.require(
+            "mac",
+            STATION_MAC,
+            "write the VtepMAC of the gateway's Node, such as mac = \"0e:11:22:33:44:55\"",
+        ),
+        subnet: section.require(
+            "subnet",
+            SUBNET,
+            "write the podCIDR of the gateway's Node, such as subnet = \"10.244.30.0/24\"",
+        ),
+        address: read_optional(&mut section, "address", IPV4),
+        network: read_optional(&mut section, "network", SUBNET),
+        direct_routing: read_or(&mut section, "direct_routing", BOOLEAN, false),
+        source_check: read_or(&mut section, "source_check", SOURCE_CHECK, SourceCheck::Node),
+        extra_sources: read_extra_sources(&mut section),
+        dont_fragment: read_or(&mut section, "df", DONT_FRAGMENT, DontFragment::Unset),
+        ttl: read_or(&mut section, "ttl", TTL, DEFAULT_TTL),
+        dscp: read_or(&mut section, "dscp", DSCP, 0),
+        allow_gbp: read_or(&mut section, "allow_gbp", BOOLEAN, false),
+        annotation_prefix: read_or(
+            &mut section,
+            "annotation_prefix",
+            ANNOTATION_PREFIX,
+            DEFAULT_ANNOTATION_PREFIX.to_owned(),
+        ),
+    };
+    section.finish();
+    draft
+}
+
+impl OverlayDraft {
+    fn finish(self) -> Option<Overlay> {
+        let subnet = self.subnet?.value;
+        Some(Overlay {
+            name: self.name?.value,
+            vni: self.vni?.value,
+            port: self.port?.value,
+            local: self.local?.value,
+            mac: self.mac?.value,
+            subnet,
+            address: value(self.address?).unwrap_or(subnet.network()),
+            network: value(self.network?),
+            direct_routing: self.direct_routing?.value,
+            source_check: self.source_check?.value,
+            extra_sources: self.extra_sources?.into_iter().map(|extra| extra.value).collect(),
+            dont_fragment: self.dont_fragment?.value,
+            ttl: self.ttl?.value,
+            dscp: self.dscp?.value,
+            allow_gbp: self.allow_gbp?.value,
+            annotation_prefix: self.annotation_prefix?.value,
+        })
+    }
+}
+
+fn read_extra_sources(section: &mut Section<'_>) -> Option<Vec<Located<ExtraSource>>> {
+    let entries = section.sections("extra_sources")?;
+    let mut sources = Some(Vec::new());
+    for mut entry in entries {
+        let node = entry.require("node", NODE_NAME, "name the node");
+        let address = entry.require("address", HOST_ADDRESS, "write the address that its packets come from");
+        let at = entry.at();
+        entry.finish();
+        sources = match (sources, node, address) {
+            (Some(mut sources), Some(node), Some(address)) => {
+                let value = ExtraSource { node: node.value, address: address.value };
+                sources.push(Located { value, at, key: address.key });
+                Some(sources)
+            }
+            _ => None,
+        };
+    }
+    sources
+}
+
+fn read_datapath(mut section: Section<'_>, overrides: &Overrides) -> Option<Datapath> {
+    let xdp_mode = match overrides.xdp_mode {
+        Some(mode) => {
+            section.take("xdp_mode");
+            Some(mode)
+        }
+        None => value(read_or(&mut section, "xdp_mode", XDP_MODE, XdpMode::Driver)),
+    };
+    let log = match overrides.datapath_log {
+        Some(log) => {
+            section.take("log");
+            Some(log)
+        }
+        None => value(read_or(&mut section, "log", DATAPATH_LOG, DatapathLog::Off)),
+    };
+    let bpffs = read_or(&mut section, "bpffs", ABSOLUTE_PATH, PathBuf::from(DEFAULT_BPFFS));
+    let max_pods = read_or(&mut section, "max_pods", TABLE_SIZE, DEFAULT_MAX_PODS);
+    let max_prefixes = read_or(&mut section, "max_prefixes", TABLE_SIZE, DEFAULT_MAX_PREFIXES);
+    let max_vteps = read_or(&mut section, "max_vteps", TABLE_SIZE, DEFAULT_MAX_VTEPS);
+    let max_sources = read_or(&mut section, "max_sources", TABLE_SIZE, DEFAULT_MAX_SOURCES);
+    section.finish();
+    Some(Datapath {
+        xdp_mode: xdp_mode?,
+        log: log?,
+        bpffs: bpffs?.value,
+        max_pods: max_pods?.value,
+        max_prefixes: max_prefixes?.value,
+        max_vteps: max_vteps?.value,
+        max_sources: max_sources?.value,
+    })
+}
+
+/// An absent key has its default. `None` if it is wrong.
+fn read_or<T>(
+    section: &mut Section<'_>,
+    key: &'static str,
+    parse: Parse<T>,
+    default: T,
+) -> Option<Located<T>> {
+    let absent = Located { value: default, at: section.at(), key: section.path(key) };
+    read_optional(section, key, parse).map(|found| found.unwrap_or(absent))
+}
+
+/// `Some(None)` if the key is absent, `None` if it is wrong.
+fn read_optional<T>(
+    section: &mut Section<'_>,
+    key: &'static str,
+    parse: Parse<T>,
+) -> Option<Option<Located<T>>> {
+    let present = section.has(key);
+    let found = section.read(key, parse);
+    if present { found.map(Some) } else { Some(None) }
+}
+
+fn value<T>(found: Option<Located<T>>) -> Option<T> {
+    found.map(|found| found.value)
+}
+
+fn text<'v>(value: &'v DeValue<'_>) -> Result<&'v str, String> {
+    value.as_str().ok_or_else(|| format!("is {}", kind(value)))
+}
+
+fn integer<T: TryFrom<i64>>(value: &DeValue<'_>, min: i64, max: i64) -> Result<T, String> {
+    let wrong = || format!("is {}", kind(value));
+    let number = value.as_integer().ok_or_else(wrong)?;
+    let number = i64::from_str_radix(number.as_str(), number.radix()).map_err(|_| wrong())?;
+    if (min..=max).contains(&number) { T::try_from(number).map_err(|_| wrong()) } else { Err(wrong()) }
+}
+
+const BOOLEAN: Parse<bool> = Parse {
+    expected: "true or false",
+    parse: |value| value.as_bool().ok_or_else(|| format!("is {}", kind(value))),
+};
+
+const INSTANCE: Parse<String> = Parse {
+    expected: INSTANCE_FORM,
+    parse: |value| {
+        let text = text(value)?;
+        check_instance(text).map(|()| text.to_owned()).map_err(|(what, _)| what)
+    },
+};
+const INSTANCE_FORM: &str = "1 to 63 letters, digits, - and _, beginning with a letter or digit";
+
+/// Whether a text can name a gateway: it becomes a directory of the bpffs. What is wrong, and what would be right.
+pub(super) fn check_instance(text: &str) -> Result<(), (String, String)> {
+    let fits = (1..=63).contains(&text.len())
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+    if fits { Ok(()) } else { Err((format!("is {text:?}"), format!("write {INSTANCE_FORM}"))) }
+}
+
+const OVERLAY_NAME: Parse<String> = Parse {
+    expected: "1 to 12 lower-case letters, digits and -, beginning with a letter or digit: the kernel device is gw-<name>, of at most 15 characters",
+    parse: |value| {
+        let text = text(value)?;
+        let fits = (1..=12).contains(&text.len())
+            && !text.starts_with('-')
+            && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+        if fits { Ok(text.to_owned()) } else { Err(format!("is {text:?}")) }
+    },
+};
+
+/// What the kernel takes as the name of a device (`dev_valid_name`).
+const INTERFACE_NAME: Parse<String> = Parse {
+    expected: "the name of a network device, as ip link shows it: 1 to 15 characters without space, / and :",
+    parse: |value| {
+        let text = text(value)?;
+        let fits = (1..=15).contains(&text.len())
+            && !matches!(text, "." | "..")
+            && !text.contains(|c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':'));
+        if fits { Ok(text.to_owned()) } else { Err(format!("is {text:?}")) }
+    },
+};
+
+const NODE_NAME: Parse<String> = Parse {
+    expected: "the name of a Node, as kubectl get nodes shows it",
+    parse: |value| {
+        let text = text(value)?;
+        let fits = (1..=253).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'));
+        if fits { Ok(text.to_owned()) } else { Err(format!("is {text:?}")) }
+    },
+};
+
+const SOURCE_KIND: Parse<()> = Parse {
+    expected: "\"files\"",
+    parse: |value| match text(value)? {
+        "files" => Ok(()),
+        other => Err(format!("is {other:?}")),
+    },
+};
+
+const PATH: Parse<PathBuf> = Parse {
+    expected: "a path",
+    parse: |value| match text(value)? {
+        "" => Err("is empty".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    },
+};
+
+const ABSOLUTE_PATH: Parse<PathBuf> = Parse {
+    expected: "an absolute path",
+    parse: |value| {
+        let path = PathBuf::from(text(value)?);
+        if path.is_absolute() { Ok(path) } else { Err(format!("is {:?}", path.display().to_string())) }
+    },
+};
+
+const VLAN: Parse<u16> = Parse {
+    expected: "a VLAN id, 1 to 4094, or leave the key out for untagged frames",
+    parse: |value| integer(value, 1, 4094),
+};
+
+const ROLE: Parse<Roles> = Parse {
+    expected: "\"underlay\" or \"external\"",
+    parse: |value| match text(value)? {
+        "underlay" => Ok(Roles::UNDERLAY),
+        "external" => Ok(Roles::EXTERNAL),
+        other => Err(format!("is {other:?}")),
+    },
+};
+
+const VNI: Parse<Vni> = Parse {
+    expected: "a network identifier of 24 bits, 0 to 16777215",
+    parse: |value| {
+        let number = integer(value, 0, i64::from(Vni::MAX))?;
+        Vni::new(number).ok_or_else(|| format!("is {number}"))
+    },
+};
+
+const PORT: Parse<u16> =
+    Parse { expected: "a UDP port, 1 to 65535", parse: |value| integer(value, 1, i64::from(u16::MAX)) };
+
+const TTL: Parse<u8> = Parse { expected: "a TTL, 1 to 255", parse: |value| integer(value, 1, 255) };
+
+const DSCP: Parse<u8> = Parse { expected: "a DSCP, 0 to 63", parse: |value| integer(value, 0, 63) };
+
+const TABLE_SIZE: Parse<u32> = Parse {
+    expected: "a number of entries, 1 to 16777216",
+    parse: |value| integer(value, 1, i64::from(LARGEST_TABLE)),
+};
+
+const IPV4: Parse<Ipv4Addr> = Parse {
+    expected: "an IPv4 address, such as 10.244.30.1",
+    parse: |value| {
+        let text = text(value)?;
+        text.parse().map_err(|_| format!("is {text:?}"))
+    },
+};
+
+const HOST_ADDRESS: Parse<Ipv4Addr> = Parse {
+    expected: "the IPv4 address of a host, such as 172.16.2.200: unicast, not loopback",
+    parse: |value| {
+        let address = (IPV4.parse)(value)?;
+        let [first, ..] = address.octets();
+        if first != 0 && first < 224 && !address.is_loopback() {
+            Ok(address)
+        } else {
+            Err(format!("is {address}"))
+        }
+    },
+};
+
+const STATION_MAC: Parse<Mac> = Parse {
+    expected: "a unicast MAC address that no other VTEP has, such as 0e:11:22:33:44:55",
+    parse: |value| {
+        let text = text(value)?;
+        match text.parse::<Mac>() {
+            Ok(mac) if mac.is_station() => Ok(mac),
+            Ok(mac) => Err(format!("is {mac}, which is zero or a group address")),
+            Err(_) => Err(format!("is {text:?}")),
+        }
+    },
+};
+
+const SUBNET: Parse<Ipv4Net> = Parse {
+    expected: "a unicast network with a prefix length of 8 to 32 and without host bits, such as 10.244.30.0/24",
+    parse: |value| {
+        let text = text(value)?;
+        let net: Ipv4Net = text.parse().map_err(|_| format!("is {text:?}"))?;
+        let [first, ..] = net.network().octets();
+        if net.addr() != net.network() {
+            Err(format!("is {net}, which has host bits: the network is {}", net.trunc()))
+        } else if net.prefix_len() < 8 || first == 0 || first == 127 || first >= 224 {
+            Err(format!("is {net}"))
+        } else {
+            Ok(net)
+        }
+    },
+};
+
+const SOURCE_CHECK: Parse<SourceCheck> = Parse {
+    expected: "\"strict\" (the node's endpoint only), \"node\" (any address of the node) or \"off\"",
+    parse: |value| match text(value)? {
+        "strict" => Ok(SourceCheck::Strict),
+        "node" => Ok(SourceCheck::Node),
+        "off" => Ok(SourceCheck::Off),
+        other => Err(format!("is {other:?}")),
+    },
+};
+
+const DONT_FRAGMENT: Parse<DontFragment> = Parse {
+    expected: "\"unset\", \"set\" or \"inherit\"",
+    parse: |value| match text(value)? {
+        "unset" => Ok(DontFragment::Unset),
+        "set" => Ok(DontFragment::Set),
+        "inherit" => Ok(DontFragment::Inherit),
+        other => Err(format!("is {other:?}")),
+    },
+};
+
+/// flanneld's `--kube-annotation-prefix` allows one slash; it appends `/`, or `-` if the option has a slash already.
+const ANNOTATION_PREFIX: Parse<String> = Parse {
+    expected: "what stands before kube-subnet-manager in the Nodes' annotations: one slash, and / or - at the end",
+    parse: |value| {
+        let text = text(value)?;
+        let fits = text.matches('/').count() == 1
+            && text.len() > 1
+            && text.ends_with(['/', '-'])
+            && !text.starts_with('/');
+        if fits { Ok(text.to_owned()) } else { Err(format!("is {text:?}")) }
+    },
+};
+
+const XDP_MODE: Parse<XdpMode> = Parse {
+    expected: "\"driver\" or \"generic\"",
+    parse: |value| {
+        let text = text(value)?;
+        XdpMode::from_str(text, false).map_err(|_| format!("is {text:?}"))
+    },
+};
+
+const DATAPATH_LOG: Parse<DatapathLog> = Parse {
+    expected: "\"off\" or \"debug\"",
+    parse: |value| {
+        let text = text(value)?;
+        DatapathLog::from_str(text, false).map_err(|_| format!("is {text:?}"))
+    },
+};
