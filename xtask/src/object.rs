@@ -67,7 +67,7 @@ pub(crate) fn scan(bytes: &[u8]) -> Result<Report> {
             report.faults.push(format!("a panic can be reached: symbol {name}"));
         }
         let section = symbol.section_index().map(|index| file.section_by_index(index)).transpose()?;
-        let section_name = section.as_ref().map(|section| section.name()).transpose()?.unwrap_or_default();
+        let section_name = section.as_ref().map(ObjectSection::name).transpose()?.unwrap_or_default();
         let is_map = matches!(section_name, "maps" | ".maps") && symbol.kind() == SymbolKind::Data;
         if (is_map || is_program(section_name, symbol.kind())) && name.len() > NAME_LIMIT {
             report

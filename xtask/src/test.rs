@@ -38,9 +38,9 @@ enum Suite {
 impl Suite {
     const ALL: [Self; 3] = [Self::Unit, Self::Program, Self::E2e];
 
-    /// The suite of the test target `name` of the tests crate.
-    fn of_target(name: &str) -> Self {
-        if name == "program" { Self::Program } else { Self::E2e }
+    /// The suite of an integration test: those of the daemon and of the tests crate use the machine's kernel.
+    fn of_target(target: &Target) -> Self {
+        if target.package == "gateway-tests" && target.name == "program" { Self::Program } else { Self::E2e }
     }
 
     fn needs(self) -> &'static [setup::Need] {
@@ -51,12 +51,20 @@ impl Suite {
     }
 }
 
+/// A file of integration tests.
+struct Target {
+    package: &'static str,
+    name: String,
+}
+
 /// One `cargo test`.
 struct Run {
     name: String,
     arguments: Vec<String>,
-    /// Tests share the machine's network and bpffs, so they run one after another.
-    serial: bool,
+    /// Words for the test harness.
+    harness: &'static [&'static str],
+    /// Whether `--full` adds the ignored tests. An ignored example in documentation is not meant to run.
+    has_long: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -81,52 +89,60 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Names of the test targets of the tests crate, sorted.
-fn targets() -> Result<Vec<String>> {
-    let directory = workspace().join("tests/tests");
-    let mut names = Vec::new();
-    for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
-        let path = entry?.path();
-        let is_target =
-            path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
-        if is_target && let Some(name) = path.file_stem() {
-            names.push(name.to_string_lossy().into_owned());
+/// The integration tests of the daemon and of the tests crate, sorted.
+fn targets() -> Result<Vec<Target>> {
+    let mut targets = Vec::new();
+    for (package, directory) in [("gateway", "gateway/tests"), ("gateway-tests", "tests/tests")] {
+        let directory = workspace().join(directory);
+        if !directory.exists() {
+            continue;
         }
+        let mut names = Vec::new();
+        for entry in
+            fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))?
+        {
+            let path = entry?.path();
+            let is_target =
+                path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
+            if is_target && let Some(name) = path.file_stem() {
+                names.push(name.to_string_lossy().into_owned());
+            }
+        }
+        names.sort();
+        targets.extend(names.into_iter().map(|name| Target { package, name }));
     }
-    names.sort();
-    Ok(names)
+    Ok(targets)
 }
 
-fn runs(suites: &[Suite], targets: &[String]) -> Vec<Run> {
-    let strings = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+fn runs(suites: &[Suite], targets: &[Target]) -> Vec<Run> {
+    const HOST: [&str; 8] = [
+        "--package",
+        "gateway",
+        "--package",
+        "gateway-common",
+        "--package",
+        "gateway-tests",
+        "--package",
+        "xtask",
+    ];
+    let strings = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
     let mut runs = Vec::new();
     if suites.contains(&Suite::Unit) {
-        runs.push(Run {
-            name: "unit".to_owned(),
-            arguments: strings(&[
-                "--package",
-                "gateway",
-                "--package",
-                "gateway-common",
-                "--package",
-                "xtask",
-            ]),
-            serial: false,
-        });
-        runs.push(Run {
-            name: "unit: tests crate".to_owned(),
-            arguments: strings(&["--package", "gateway-tests", "--lib", "--bins"]),
-            serial: false,
-        });
+        let arguments = [strings(&HOST), strings(&["--lib", "--bins"])].concat();
+        runs.push(Run { name: "unit".to_owned(), arguments, harness: &[], has_long: true });
+        let arguments = strings(&["--package", "gateway", "--package", "gateway-common", "--doc"]);
+        runs.push(Run { name: "documentation".to_owned(), arguments, harness: &[], has_long: false });
     }
     for suite in [Suite::Program, Suite::E2e] {
         for target in
             targets.iter().filter(|target| suites.contains(&suite) && Suite::of_target(target) == suite)
         {
             runs.push(Run {
-                name: target.clone(),
-                arguments: strings(&["--package", "gateway-tests", "--test", target]),
-                serial: true,
+                name: format!("{}: {}", target.package, target.name),
+                arguments: strings(&["--package", target.package, "--test", &target.name]),
+                // They share the machine's network and bpffs.
+                harness: &["--test-threads=1"],
+                has_long: true,
             });
         }
     }
@@ -136,12 +152,12 @@ fn runs(suites: &[Suite], targets: &[String]) -> Vec<Run> {
 impl Run {
     fn command(&self, full: bool) -> Command {
         let mut command = cargo();
-        command.arg("test").args(&self.arguments).arg("--");
-        if self.serial {
-            command.arg("--test-threads=1");
-        }
+        command.arg("test").args(&self.arguments).arg("--").args(self.harness);
         if full {
-            command.env("GATEWAY_TEST_FULL", "1").arg("--include-ignored");
+            command.env("GATEWAY_TEST_FULL", "1");
+            if self.has_long {
+                command.arg("--include-ignored");
+            }
         }
         command
     }
@@ -158,32 +174,41 @@ fn report(times: &[(String, Duration, bool)]) {
 mod tests {
     use super::*;
 
+    fn some_targets() -> Vec<Target> {
+        [("gateway", "next_hops"), ("gateway-tests", "flannel"), ("gateway-tests", "program")]
+            .map(|(package, name)| Target { package, name: name.to_owned() })
+            .into()
+    }
+
     fn names(suites: &[Suite]) -> Vec<String> {
-        let targets = ["flannel", "program", "routes"].map(str::to_owned);
-        runs(suites, &targets).into_iter().map(|run| run.name).collect()
+        runs(suites, &some_targets()).into_iter().map(|run| run.name).collect()
     }
 
     #[test]
     fn every_target_belongs_to_one_suite() {
-        assert_eq!(names(&Suite::ALL), ["unit", "unit: tests crate", "program", "flannel", "routes"]);
-        assert_eq!(names(&[Suite::Program]), ["program"]);
-        assert_eq!(names(&[Suite::E2e]), ["flannel", "routes"]);
+        let e2e = ["gateway: next_hops", "gateway-tests: flannel"];
+        assert_eq!(names(&[Suite::Unit]), ["unit", "documentation"]);
+        assert_eq!(names(&[Suite::Program]), ["gateway-tests: program"]);
+        assert_eq!(names(&[Suite::E2e]), e2e);
+        assert_eq!(names(&Suite::ALL).len(), 5);
     }
 
     #[test]
     fn suites_that_share_the_machine_run_serially() {
-        for run in runs(&Suite::ALL, &["flannel".to_owned()]) {
+        for run in runs(&Suite::ALL, &some_targets()) {
             let serial = run.command(false).get_args().any(|word| word == "--test-threads=1");
-            assert_eq!(serial, run.name == "flannel", "{}", run.name);
+            assert_eq!(serial, run.name.contains(':'), "{}", run.name);
         }
     }
 
     #[test]
     fn full_reaches_the_tests() {
-        let run = &runs(&[Suite::Unit], &[])[0];
-        let with = run.command(true);
-        assert!(with.get_envs().any(|(name, value)| name == "GATEWAY_TEST_FULL" && value.is_some()));
-        assert!(with.get_args().any(|word| word == "--include-ignored"));
-        assert!(!run.command(false).get_args().any(|word| word == "--include-ignored"));
+        let all = runs(&Suite::ALL, &some_targets());
+        for run in &all {
+            let full = run.command(true);
+            assert!(full.get_envs().any(|(name, value)| name == "GATEWAY_TEST_FULL" && value.is_some()));
+            assert_eq!(full.get_args().any(|word| word == "--include-ignored"), run.name != "documentation");
+            assert!(!run.command(false).get_args().any(|word| word == "--include-ignored"));
+        }
     }
 }

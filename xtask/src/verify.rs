@@ -57,7 +57,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     setup::run(&[setup::Need::Bpf])?;
     build::run(&build::Options { release: false })?;
 
-    let path = workspace().join("target/bpf/gateway.bpf.o");
+    let profile = match env::var("GATEWAY_BPF_PROFILE") {
+        Ok(name) if !name.is_empty() => name,
+        _ => "fast".to_owned(),
+    };
+    // The nested build's own output: the copy in target/bpf may be another profile's.
+    let path = workspace().join("target/bpf").join(&profile).join("bpfel-unknown-none/release/gateway-ebpf");
     let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let report = object::scan(&bytes).with_context(|| format!("cannot make sense of {}", path.display()))?;
     for program in &report.programs {
@@ -79,10 +84,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .context("inspect-object did not print what verify expects")?;
     print!("{}", tables(&inspection));
 
-    let profile = match env::var("GATEWAY_BPF_PROFILE") {
-        Ok(name) if !name.is_empty() => name,
-        _ => "fast".to_owned(),
-    };
     let budget_path = workspace().join(BUDGET);
     let mut budget: Budget = toml::from_str(
         &fs::read_to_string(&budget_path)
@@ -149,17 +150,15 @@ fn tables(inspection: &Inspection) -> String {
     }
     let _ = writeln!(text, "\n{:<16} {:<14} {:>10} {:>14}", "map", "type", "entries", "memory");
     for map in &inspection.maps {
-        let _ = writeln!(
-            text,
-            "{:<16} {:<14} {:>10} {:>10} KiB",
-            map.name,
-            map.kind,
-            map.entries,
-            map.memory_bytes / 1024
-        );
+        // Tries allocate their nodes when they are filled.
+        let memory = match map.memory_bytes {
+            0 => "as used".to_owned(),
+            bytes => format!("{} KiB", bytes.div_ceil(1024)),
+        };
+        let _ = writeln!(text, "{:<16} {:<14} {:>10} {memory:>14}", map.name, map.kind, map.entries);
     }
     let total: u64 = inspection.maps.iter().map(|map| map.memory_bytes).sum();
-    let _ = writeln!(text, "{:<42} {:>10} KiB", "all maps", total / 1024);
+    let _ = writeln!(text, "{:<42} {:>10} KiB", "all maps, empty", total.div_ceil(1024));
     text
 }
 
