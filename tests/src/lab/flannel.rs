@@ -367,7 +367,7 @@ impl Flannel {
 
 [source]
 kind = "files"
-path = {manifests:?}
+path = "{manifests}"
 
 [[interface]]
 name = "{EXTERNAL}"
@@ -387,7 +387,7 @@ subnet = "{GATEWAY_SUBNET}"
 network = "{NETWORK}"
 "#,
             instance = self.instance(),
-            manifests = self.manifests(),
+            manifests = self.manifests().display(),
         )
     }
 

@@ -3,6 +3,7 @@
 //! - [`Flannel`]: the topology of the main job.
 //! - [`Host`]: what one can do on a host: run commands, capture, inject frames, open sockets.
 //! - [`traffic`]: ping, iperf3, HTTP and their results.
+//! - [`frames`]: frames built by hand, right and wrong.
 //! - [`Gateway`]: the gateway under test.
 //! - [`registry`]: how labs end.
 //!
@@ -12,6 +13,7 @@
 
 pub mod capture;
 pub mod flannel;
+pub mod frames;
 pub mod gateway;
 pub mod host;
 pub mod manifest;

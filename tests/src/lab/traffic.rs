@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    os::fd::AsRawFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::socket;
 use serde_json::Value;
 
 use super::{host::Host, process::Process, wait_until};
@@ -157,7 +159,7 @@ impl WebServer {
             while !ended.load(Ordering::Relaxed) {
                 // A client that goes away is its own affair.
                 if let Ok((stream, _)) = accepting.accept() {
-                    let _ = answer(stream, &name);
+                    let _ = answer(&stream, &name);
                 }
             }
         });
@@ -174,26 +176,23 @@ impl Drop for WebServer {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         // Wakes the thread out of its wait: `accept` fails on a socket that was shut down.
-        let _ = nix::sys::socket::shutdown(
-            std::os::fd::AsRawFd::as_raw_fd(&self.listener),
-            nix::sys::socket::Shutdown::Both,
-        );
+        let _ = socket::shutdown(self.listener.as_raw_fd(), socket::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
 }
 
-fn answer(stream: TcpStream, name: &str) -> Result<()> {
+fn answer(mut stream: &TcpStream, name: &str) -> Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-    let mut reader = BufReader::new(&stream);
+    let mut reader = BufReader::new(stream);
     let mut line = String::new();
     while reader.read_line(&mut line)? > 2 {
         line.clear();
     }
     let body = format!("hello from {name}, you are {}\n", stream.peer_addr()?.ip());
     write!(
-        &stream,
+        stream,
         "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
     )?;
@@ -204,4 +203,20 @@ fn answer(stream: TcpStream, name: &str) -> Result<()> {
 pub fn fetch(from: &Host, address: Ipv4Addr, port: u16) -> Result<String> {
     let url = format!("http://{address}:{port}/");
     from.run(&["curl", "--silent", "--show-error", "--fail", "--max-time", "3", &url])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_ping_prints() {
+        let text = "PING 10.244.1.2 (10.244.1.2) 56(84) bytes of data.\n\n--- 10.244.1.2 ping statistics ---\n\
+                    3 packets transmitted, 2 received, 33.3333% packet loss, time 40ms\n\
+                    rtt min/avg/max/mdev = 0.041/0.045/0.052/0.004 ms\n";
+        assert_eq!(parse_ping(text), Some(Pings { sent: 3, received: 2, mean: Some(0.045) }));
+        let errors = "2 packets transmitted, 0 received, +2 errors, 100% packet loss, time 20ms\n";
+        assert_eq!(parse_ping(errors), Some(Pings { sent: 2, received: 0, mean: None }));
+        assert_eq!(parse_ping("ping: unknown host"), None);
+    }
 }

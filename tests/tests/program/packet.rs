@@ -1,0 +1,203 @@
+//! Frames as etherparse writes them: nothing here is code of the gateway.
+
+use etherparse::{
+    ArpEthIpv4Packet, ArpOperation, ArpPacket, EtherType, Ethernet2Header, Icmpv4Header, Icmpv4Type, IcmpEchoHeader, IpEcn,
+    IpDscp, IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, SingleVlanHeader, TcpHeader, UdpHeader, VlanId, VlanPcp,
+};
+use gateway_common::wire::Mac;
+
+pub(crate) type Address = [u8; 4];
+
+pub(crate) const IPV4: u16 = 0x0800;
+pub(crate) const ARP: u16 = 0x0806;
+pub(crate) const IPV6: u16 = 0x86dd;
+pub(crate) const ICMP: u8 = 1;
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+
+/// Bytes from hexadecimal digits.
+pub(crate) fn hex(text: &str) -> Vec<u8> {
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+}
+
+/// An IPv4 packet before it becomes bytes.
+#[derive(Clone, Debug)]
+pub(crate) struct Ip {
+    pub(crate) source: Address,
+    pub(crate) destination: Address,
+    pub(crate) ttl: u8,
+    pub(crate) tos: u8,
+    pub(crate) protocol: u8,
+    pub(crate) id: u16,
+    pub(crate) dont_fragment: bool,
+    pub(crate) more_fragments: bool,
+    /// In units of 8 bytes.
+    pub(crate) offset: u16,
+    pub(crate) options: Vec<u8>,
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Ip {
+    pub(crate) fn new(source: Address, destination: Address, protocol: u8, payload: Vec<u8>) -> Self {
+        Self {
+            source,
+            destination,
+            ttl: 64,
+            tos: 0,
+            protocol,
+            id: 0,
+            dont_fragment: false,
+            more_fragments: false,
+            offset: 0,
+            options: Vec::new(),
+            payload,
+        }
+    }
+
+    /// A UDP packet with a right checksum.
+    pub(crate) fn udp(source: Address, destination: Address, ports: (u16, u16), data: &[u8]) -> Self {
+        let mut packet = Self::new(source, destination, UDP, Vec::new());
+        let ip = packet.header();
+        let header = UdpHeader::with_ipv4_checksum(ports.0, ports.1, &ip, data).unwrap();
+        packet.payload = [&header.to_bytes(), data].concat();
+        packet
+    }
+
+    /// A TCP segment with a right checksum.
+    pub(crate) fn tcp(source: Address, destination: Address, ports: (u16, u16), data: &[u8]) -> Self {
+        let mut packet = Self::new(source, destination, TCP, Vec::new());
+        let mut header = TcpHeader::new(ports.0, ports.1, 1, 64_240);
+        header.checksum = header.calc_checksum_ipv4(&packet.header(), data).unwrap();
+        packet.payload = [&header.to_bytes(), data].concat();
+        packet
+    }
+
+    /// An echo request.
+    pub(crate) fn echo(source: Address, destination: Address, id: u16, data: &[u8]) -> Self {
+        let kind = Icmpv4Type::EchoRequest(IcmpEchoHeader { id, seq: 1 });
+        let header = Icmpv4Header::with_checksum(kind, data);
+        Self::new(source, destination, ICMP, [&header.to_bytes(), data].concat())
+    }
+
+    fn header(&self) -> Ipv4Header {
+        let mut header = Ipv4Header {
+            dscp: IpDscp::try_new(self.tos >> 2).unwrap(),
+            ecn: IpEcn::try_new(self.tos & 3).unwrap(),
+            identification: self.id,
+            dont_fragment: self.dont_fragment,
+            more_fragments: self.more_fragments,
+            fragment_offset: IpFragOffset::try_new(self.offset).unwrap(),
+            time_to_live: self.ttl,
+            protocol: IpNumber(self.protocol),
+            source: self.source,
+            destination: self.destination,
+            options: Ipv4Options::try_from(self.options.as_slice()).unwrap(),
+            ..Ipv4Header::default()
+        };
+        header.set_payload_len(self.payload.len()).unwrap();
+        header.header_checksum = header.calc_header_checksum();
+        header
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        [&self.header().to_bytes(), self.payload.as_slice()].concat()
+    }
+
+    /// The packet one router further.
+    pub(crate) fn hop(&self) -> Self {
+        Self { ttl: self.ttl - 1, ..self.clone() }
+    }
+}
+
+/// Addresses and tag in front of a network layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Link {
+    pub(crate) destination: Mac,
+    pub(crate) source: Mac,
+    /// VLAN id of an 802.1Q tag; 0 is a priority tag.
+    pub(crate) vlan: Option<u16>,
+}
+
+impl Link {
+    pub(crate) const fn new(destination: Mac, source: Mac) -> Self {
+        Self { destination, source, vlan: None }
+    }
+
+    pub(crate) fn tagged(self, vlan: u16) -> Self {
+        Self { vlan: Some(vlan), ..self }
+    }
+
+    pub(crate) fn len(self) -> usize {
+        if self.vlan.is_some() { 18 } else { 14 }
+    }
+
+    /// A frame of EtherType `kind`.
+    pub(crate) fn frame(self, kind: u16, payload: &[u8]) -> Vec<u8> {
+        let (source, destination) = (self.source.octets, self.destination.octets);
+        let Some(vlan) = self.vlan else {
+            return [&Ethernet2Header { source, destination, ether_type: EtherType(kind) }.to_bytes(), payload].concat();
+        };
+        let ethernet = Ethernet2Header { source, destination, ether_type: EtherType::VLAN_TAGGED_FRAME };
+        let tag = SingleVlanHeader {
+            pcp: VlanPcp::ZERO,
+            drop_eligible_indicator: false,
+            vlan_id: VlanId::try_new(vlan).unwrap(),
+            ether_type: EtherType(kind),
+        };
+        [&ethernet.to_bytes(), tag.to_bytes().as_slice(), payload].concat()
+    }
+
+    pub(crate) fn ip(self, packet: &Ip) -> Vec<u8> {
+        self.frame(IPV4, &packet.bytes())
+    }
+}
+
+/// The VXLAN header of RFC 7348 section 5.
+pub(crate) fn vxlan_header(vni: u32) -> [u8; 8] {
+    let [_, a, b, c] = vni.to_be_bytes();
+    [0x08, 0, 0, 0, a, b, c, 0]
+}
+
+/// A VXLAN datagram: UDP with checksum 0, VXLAN, inner frame.
+pub(crate) fn vxlan(source_port: u16, port: u16, header: [u8; 8], inner: &[u8]) -> Vec<u8> {
+    let udp = UdpHeader::without_ipv4_checksum(source_port, port, header.len() + inner.len()).unwrap();
+    [&udp.to_bytes(), header.as_slice(), inner].concat()
+}
+
+/// What an ARP packet says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arp {
+    pub(crate) operation: u16,
+    pub(crate) sender_mac: Mac,
+    pub(crate) sender: Address,
+    pub(crate) target_mac: Mac,
+    pub(crate) target: Address,
+}
+
+impl Arp {
+    pub(crate) const fn request(sender_mac: Mac, sender: Address, target: Address) -> Self {
+        Self { operation: 1, sender_mac, sender, target_mac: Mac::ZERO, target }
+    }
+
+    /// The answer that says the target is at `mac`.
+    pub(crate) const fn answered(self, mac: Mac) -> Self {
+        Self {
+            operation: 2,
+            sender_mac: mac,
+            sender: self.target,
+            target_mac: self.sender_mac,
+            target: self.sender,
+        }
+    }
+
+    pub(crate) fn bytes(self) -> Vec<u8> {
+        let packet = ArpPacket::from(ArpEthIpv4Packet {
+            operation: ArpOperation(self.operation),
+            sender_mac: self.sender_mac.octets,
+            sender_ipv4: self.sender,
+            target_mac: self.target_mac.octets,
+            target_ipv4: self.target,
+        });
+        packet.to_bytes().to_vec()
+    }
+}

@@ -1,0 +1,174 @@
+//! The program under test: the object, loaded with its own maps.
+
+use std::{collections::BTreeMap, ops::Sub};
+
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::{
+        Array, HashMap, MapData, PerCpuArray,
+        lpm_trie::{Key, LpmTrie},
+    },
+    programs::{TestRun as _, TestRunOptions, Xdp},
+};
+use gateway_common::{
+    abi::{
+        CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, Vtep, map,
+    },
+    model::HostTables,
+};
+
+/// Entries of each table but the counters: small, because every test loads its own.
+pub(crate) const TABLE_SIZE: u32 = 64;
+
+/// What XDP programs return (Linux `include/uapi/linux/bpf.h`, `enum xdp_action`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Returned {
+    Drop,
+    Pass,
+    Transmit,
+    Redirect,
+}
+
+impl Returned {
+    fn from_code(code: u32) -> Self {
+        match code {
+            1 => Self::Drop,
+            2 => Self::Pass,
+            3 => Self::Transmit,
+            4 => Self::Redirect,
+            other => panic!("the program returned {other}, which aborts the frame"),
+        }
+    }
+}
+
+/// Counters by outcome number; zero ones are left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counters(pub(crate) BTreeMap<u32, (u64, u64)>);
+
+impl Sub for &Counters {
+    type Output = Counters;
+
+    fn sub(self, earlier: &Counters) -> Counters {
+        let grown = self.0.iter().filter_map(|(&number, &(packets, bytes))| {
+            let (old_packets, old_bytes) = earlier.0.get(&number).copied().unwrap_or_default();
+            let difference = (packets - old_packets, bytes - old_bytes);
+            (difference != (0, 0)).then_some((number, difference))
+        });
+        Counters(grown.collect())
+    }
+}
+
+/// The loaded program.
+pub(crate) struct Subject {
+    ebpf: Ebpf,
+}
+
+impl Subject {
+    /// Loads the object with the constants and tables of `tables`.
+    pub(crate) fn load(tables: &HostTables) -> Self {
+        let mut loader = EbpfLoader::new();
+        loader.verifier_log_level(VerifierLogLevel::DISABLE);
+        loader.override_global(CONFIG_SYMBOL, &tables.config, true);
+        loader.override_global("AYA_LOG_LEVEL", &0u8, true);
+        for name in map::ALL.into_iter().filter(|name| *name != map::COUNTERS) {
+            loader.map_max_entries(name, TABLE_SIZE);
+        }
+        let mut ebpf = loader.load(&object()).expect("the object does not load; are you root?");
+        let program: &mut Xdp = ebpf.program_mut(PROGRAM).unwrap().try_into().unwrap();
+        program.load().unwrap();
+        let mut subject = Self { ebpf };
+        subject.fill(tables);
+        subject
+    }
+
+    fn fill(&mut self, tables: &HostTables) {
+        self.fill_hash(map::PODS, &tables.pods);
+        self.fill_hash(map::SOURCES, &tables.sources);
+        self.fill_hash(map::ADDRESSES, &tables.addresses);
+        self.fill_hash(map::EGRESS, &tables.egress);
+        let mut prefixes: LpmTrie<_, PrefixKey, Route> = self.map(map::PREFIXES).try_into().unwrap();
+        for (&(overlay, length, address), route) in &tables.prefixes {
+            let key = Key::new(PrefixKey::OVERLAY_BITS + u32::from(length), PrefixKey { overlay, address });
+            prefixes.insert(&key, route, 0).unwrap();
+        }
+        for (&id, vtep) in &tables.vteps {
+            self.set_vtep(id, *vtep);
+        }
+    }
+
+    fn map(&mut self, name: &str) -> &mut aya::maps::Map {
+        self.ebpf.map_mut(name).unwrap_or_else(|| panic!("the object has no map {name}"))
+    }
+
+    fn fill_hash<K: aya::Pod, V: aya::Pod>(&mut self, name: &str, entries: &BTreeMap<K, V>) {
+        let mut hash: HashMap<&mut MapData, K, V> = self.map(name).try_into().unwrap();
+        for (key, value) in entries {
+            hash.insert(key, value, 0).unwrap();
+        }
+    }
+
+    /// Overwrites an entry of the VTEP table.
+    pub(crate) fn set_vtep(&mut self, id: u32, vtep: Vtep) {
+        let mut vteps: Array<_, Vtep> = self.map(map::VTEPS).try_into().unwrap();
+        vteps.set(id, vtep, 0).unwrap();
+    }
+
+    /// Pins every table under `directory`, as the daemon names them.
+    pub(crate) fn pin(&self, directory: &std::path::Path) {
+        for name in map::ALL {
+            self.ebpf.map(name).unwrap().pin(directory.join(name)).unwrap();
+        }
+    }
+
+    /// Runs the program on a frame, in the network namespace of the calling thread. The frame may be larger than a
+    /// page: it then arrives in fragments.
+    pub(crate) fn run(&self, frame: &[u8]) -> (Returned, Vec<u8>) {
+        self.run_with(frame, None)
+    }
+
+    /// As [`run`](Self::run), with `metadata` bytes in front of the frame, which take from its headroom.
+    pub(crate) fn run_with_metadata(&self, frame: &[u8], metadata: u32) -> (Returned, Vec<u8>) {
+        let before = usize::try_from(metadata).unwrap();
+        let input = [vec![0; before].as_slice(), frame].concat();
+        let (returned, output) = self.run_with(&input, Some(metadata));
+        (returned, output[before..].to_vec())
+    }
+
+    fn run_with(&self, input: &[u8], metadata: Option<u32>) -> (Returned, Vec<u8>) {
+        // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let context = metadata.map(|metadata| {
+            let end = u32::try_from(input.len()).unwrap();
+            bytemuck::bytes_of(&[metadata, end, 0, 0, 0, 0]).to_vec()
+        });
+        let mut output = vec![0; input.len() + 128];
+        let program: &Xdp = self.ebpf.program(PROGRAM).unwrap().try_into().unwrap();
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(input),
+                data_out: Some(&mut output),
+                ctx_in: context.as_deref(),
+                ..TestRunOptions::default()
+            })
+            .unwrap_or_else(|error| panic!("test run of {} bytes: {error:?}", input.len()));
+        output.truncate(usize::try_from(result.data_size_out).unwrap());
+        (Returned::from_code(result.return_value), output)
+    }
+
+    /// The whole counter table, summed over CPUs.
+    pub(crate) fn counters(&self) -> Counters {
+        let present = (0..OUTCOME_CAPACITY).map(|number| (number, self.counter(number)));
+        Counters(present.filter(|(_, counted)| *counted != (0, 0)).collect())
+    }
+
+    /// Packets and bytes of one outcome.
+    pub(crate) fn counter(&self, number: u32) -> (u64, u64) {
+        let table: PerCpuArray<_, Counter> = self.ebpf.map(map::COUNTERS).unwrap().try_into().unwrap();
+        let values = table.get(&number, 0).unwrap();
+        values.iter().fold((0, 0), |(packets, bytes), value| (packets + value.packets, bytes + value.bytes))
+    }
+}
+
+fn object() -> Vec<u8> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/gateway.bpf.o");
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask build`", path.display()))
+}
