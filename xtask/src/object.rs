@@ -107,12 +107,14 @@ pub(crate) fn scan(bytes: &[u8]) -> Result<Report> {
     if report.programs.is_empty() {
         report.faults.push("no program in it".to_owned());
     }
+    report.faults.sort();
+    report.faults.dedup();
     Ok(report)
 }
 
-/// `.text` holds what programs call; entry points have sections named after their type.
+/// `.text` and its parts hold what programs call; entry points have sections named after their type.
 fn is_program(section: &str, kind: SymbolKind) -> bool {
-    kind == SymbolKind::Text && section != ".text"
+    kind == SymbolKind::Text && section != ".text" && !section.starts_with(".text.")
 }
 
 fn functions(file: &File<'_>, faults: &mut Vec<String>) -> Result<BTreeMap<Place, Function>> {
