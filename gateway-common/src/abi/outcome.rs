@@ -219,4 +219,37 @@ mod tests {
             assert!(row.help.ends_with(['.', '?']), "{}", row.help);
         }
     }
+
+    const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+    const BEGIN: &str = "<!-- counters: generated from gateway-common/src/abi/outcome.rs -->\n";
+    const END: &str = "<!-- end of counters -->\n";
+
+    fn glossary() -> String {
+        use core::fmt::Write as _;
+
+        let mut text =
+            String::from("\n| number | counter | class | severity | meaning |\n|---|---|---|---|---|\n");
+        for row in Outcome::TABLE {
+            let (number, class, severity) = (row.outcome.number(), row.class.label(), row.severity.label());
+            writeln!(text, "| {number} | `{}` | {class} | {severity} | {} |", row.label, row.help).unwrap();
+        }
+        text.push('\n');
+        text
+    }
+
+    /// `UPDATE_DOCS=1 cargo test -p gateway-common readme` writes the section anew.
+    #[test]
+    fn the_readme_lists_every_counter() {
+        let readme = std::fs::read_to_string(README).unwrap();
+        let (before, rest) = readme.split_once(BEGIN).expect("the README has the section of counters");
+        let (section, after) = rest.split_once(END).expect("the section of counters has an end");
+        let current = glossary();
+        if std::env::var_os("UPDATE_DOCS").is_some() && section != current {
+            std::fs::write(README, [before, BEGIN, &current, END, after].concat()).unwrap();
+        }
+        assert!(
+            section == current,
+            "run UPDATE_DOCS=1 cargo test -p gateway-common readme, and look at the difference"
+        );
+    }
 }
