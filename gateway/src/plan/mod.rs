@@ -83,3 +83,6 @@ impl Changes {
         self.sources.extend(other.sources);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,3 +14,6 @@ mod watch;
 
 pub use directory::Directory;
 pub use watch::watch;
+
+#[cfg(test)]
+mod tests;

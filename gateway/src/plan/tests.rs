@@ -1,0 +1,481 @@
+//! The planner against a plain account of what it should do, for every order of events.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
+
+use k8s_openapi::{
+    api::core::v1::{Node, NodeAddress, NodeSpec, NodeStatus, Pod, PodSpec, PodStatus},
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+    jiff::Timestamp,
+};
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    cluster::{
+        flannel::{NodeFacts, NodeReading, PodReading, read_node, read_pod},
+        model::{Event, Object, ObjectRef},
+        problem::{Problem, Severity},
+    },
+    config::{DontFragment, ExtraSource, Overlay, SourceCheck},
+};
+
+fn overlay(name: &str, prefix: &str, third: u8, source_check: SourceCheck) -> Overlay {
+    Overlay {
+        name: name.into(),
+        vni: gateway_common::wire::Vni::new(1).unwrap(),
+        port: 8472,
+        local: Ipv4Addr::new(172, 16, 2, 200),
+        mac: Mac::new([0x0e, 0, 0, 0, 0, 0xff]),
+        subnet: Ipv4Net::new(Ipv4Addr::new(10, 244, third, 0), 24).unwrap(),
+        address: Ipv4Addr::new(10, 244, third, 0),
+        network: None,
+        direct_routing: third == 31,
+        source_check,
+        extra_sources: vec![ExtraSource { node: "n1".into(), address: Ipv4Addr::new(192, 0, 2, 1) }],
+        dont_fragment: DontFragment::Unset,
+        ttl: 64,
+        dscp: 0,
+        allow_gbp: false,
+        annotation_prefix: prefix.into(),
+    }
+}
+
+fn overlays() -> Vec<Overlay> {
+    vec![
+        overlay("a", "a.example/", 30, SourceCheck::Node),
+        overlay("b", "b.example/", 31, SourceCheck::Strict),
+        overlay("c", "a.example/", 32, SourceCheck::Off),
+    ]
+}
+
+fn time(second: Option<i64>) -> Option<Time> {
+    second.map(|second| Time(Timestamp::from_second(second).unwrap()))
+}
+
+/// A Node as a test describes it.
+#[derive(Clone, Debug)]
+struct NodeText {
+    name: String,
+    created: Option<i64>,
+    prefix: &'static str,
+    mac: u8,
+    endpoint: u8,
+    cidr: &'static str,
+    internal: u8,
+}
+
+fn node_text(name: &str, number: u8, cidr: &'static str) -> NodeText {
+    NodeText {
+        name: name.into(),
+        created: Some(i64::from(number)),
+        prefix: "a.example/",
+        mac: number,
+        endpoint: number,
+        cidr,
+        internal: number,
+    }
+}
+
+impl NodeText {
+    fn object(&self) -> Object {
+        let annotations = [
+            ("kube-subnet-manager", "true".to_owned()),
+            ("backend-type", "vxlan".to_owned()),
+            ("backend-data", format!(r#"{{"VNI":1,"VtepMAC":"0e:00:00:00:00:{:02x}"}}"#, self.mac)),
+            ("public-ip", format!("172.16.2.{}", self.endpoint)),
+        ];
+        Object::Node(Node {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                creation_timestamp: time(self.created),
+                annotations: Some(
+                    annotations.map(|(key, value)| (format!("{}{key}", self.prefix), value)).into(),
+                ),
+                ..ObjectMeta::default()
+            },
+            spec: Some(NodeSpec {
+                pod_cidr: Some(self.cidr.to_owned()).filter(|cidr| !cidr.is_empty()),
+                ..NodeSpec::default()
+            }),
+            status: Some(NodeStatus {
+                addresses: Some(vec![NodeAddress {
+                    type_: "InternalIP".into(),
+                    address: format!("172.16.2.{}", self.internal),
+                }]),
+                ..NodeStatus::default()
+            }),
+        })
+    }
+}
+
+fn pod(
+    name: &str,
+    node: &str,
+    address: &str,
+    created: Option<i64>,
+    terminating: bool,
+    phase: &str,
+) -> Object {
+    Object::Pod(Pod {
+        metadata: ObjectMeta {
+            name: Some(name.into()),
+            namespace: Some("default".into()),
+            creation_timestamp: time(created),
+            deletion_timestamp: time(terminating.then_some(9)),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PodSpec { node_name: Some(node.into()), ..PodSpec::default() }),
+        status: Some(PodStatus {
+            phase: Some(phase.into()),
+            pod_ip: Some(address.into()),
+            ..PodStatus::default()
+        }),
+    })
+}
+
+fn running(name: &str, node: &str, address: &str) -> Object {
+    pod(name, node, address, Some(1), false, "Running")
+}
+
+fn apply(object: Object) -> Event {
+    Event::Apply(Arc::new(object))
+}
+
+/// What the tables should say, worked out from all objects at once without any index.
+fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay]) -> Desired {
+    let mut desired = Desired::default();
+    let mut claims: BTreeMap<Ipv4Addr, Vec<_>> = BTreeMap::new();
+    for (reference, object) in objects {
+        if let (Object::Pod(pod), ObjectRef::Pod(reference)) = (object, reference)
+            && let PodReading::Placed(facts) = read_pod(pod, reference)
+        {
+            let order = (facts.terminating, Reverse(facts.created), reference.clone());
+            claims.entry(facts.address).or_default().push((order, facts.node));
+        }
+    }
+    for (id, overlay) in (0..).zip(overlays) {
+        let mut members: Vec<(_, Arc<str>, NodeFacts)> = Vec::new();
+        for (reference, object) in objects {
+            if let (Object::Node(node), ObjectRef::Node(name)) = (object, reference)
+                && let NodeReading::Vtep(facts, _) = read_node(node, overlay)
+            {
+                members.push(((facts.created.is_none(), facts.created), name.clone(), facts));
+            }
+        }
+        members.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+        let mut taken: Vec<&(_, Arc<str>, NodeFacts)> = Vec::new();
+        for member in &members {
+            let facts = &member.2;
+            let clash = taken.iter().any(|(_, _, other)| {
+                other.mac == facts.mac
+                    || other.endpoint == facts.endpoint
+                    || other.cidr.contains(&facts.cidr)
+                    || facts.cidr.contains(&other.cidr)
+            });
+            if !clash {
+                taken.push(member);
+            }
+        }
+        let key = |node: &Arc<str>| VtepKey { overlay: id, node: node.clone() };
+        for (_, name, facts) in &taken {
+            let spec = VtepSpec { endpoint: facts.endpoint, mac: facts.mac, direct: overlay.direct_routing };
+            desired.vteps.insert(key(name), spec);
+            desired.prefixes.insert((id, facts.cidr), key(name));
+        }
+        // Weaker claims are overwritten by stronger ones, and of equal ones those of better-ranked nodes come last.
+        let mut source = |name: &Arc<str>, address: Ipv4Addr| {
+            if address != overlay.local {
+                desired.sources.insert((id, address), key(name));
+            }
+        };
+        if overlay.source_check == SourceCheck::Node {
+            for (_, name, facts) in taken.iter().rev() {
+                facts.addresses.iter().for_each(|address| source(name, *address));
+            }
+        }
+        if overlay.source_check != SourceCheck::Off {
+            for (_, name, _) in taken.iter().rev() {
+                let extra = overlay.extra_sources.iter().filter(|extra| *extra.node == **name);
+                extra.for_each(|extra| source(name, extra.address));
+            }
+            for (_, name, facts) in taken.iter().rev() {
+                source(name, facts.endpoint);
+            }
+        }
+        for (address, claimants) in &mut claims {
+            claimants.sort();
+            let best = claimants.iter().find(|(_, node)| members.iter().any(|(_, name, _)| name == node));
+            if let Some((_, node)) = best
+                && taken.iter().any(|(_, name, _)| name == node)
+                && !overlay.subnet.contains(address)
+            {
+                desired.pods.insert((id, *address), key(node));
+            }
+        }
+    }
+    desired
+}
+
+fn differing<K: Ord + Clone, V: PartialEq>(a: &BTreeMap<K, V>, b: &BTreeMap<K, V>) -> BTreeSet<K> {
+    a.keys().chain(b.keys()).filter(|key| a.get(key) != b.get(key)).cloned().collect()
+}
+
+fn differences(a: &Desired, b: &Desired) -> Changes {
+    Changes {
+        vteps: differing(&a.vteps, &b.vteps),
+        pods: differing(&a.pods, &b.pods),
+        prefixes: differing(&a.prefixes, &b.prefixes),
+        sources: differing(&a.sources, &b.sources),
+    }
+}
+
+/// What the cluster holds, by the rules of the event model.
+#[derive(Default)]
+struct Cluster {
+    objects: BTreeMap<ObjectRef, Object>,
+    listed: Option<BTreeSet<ObjectRef>>,
+}
+
+impl Cluster {
+    fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Listing => self.listed = Some(BTreeSet::new()),
+            Event::Apply(object) => {
+                self.objects.insert(object.reference(), (**object).clone());
+                self.listed.iter_mut().for_each(|listed| {
+                    listed.insert(object.reference());
+                });
+            }
+            Event::Delete(reference) => {
+                self.objects.remove(reference);
+            }
+            Event::Synced => {
+                if let Some(listed) = self.listed.take() {
+                    self.objects.retain(|reference, _| listed.contains(reference));
+                }
+            }
+        }
+    }
+}
+
+// Few values of everything, so that objects clash all the time.
+fn any_node() -> impl Strategy<Value = Object> {
+    let cidrs = prop::sample::select(vec![
+        "10.244.1.0/24",
+        "10.244.2.0/24",
+        "10.244.2.0/23",
+        "10.244.3.0/25",
+        "10.244.30.0/24",
+        "10.244.31.128/25",
+        "",
+    ]);
+    let prefix = prop::sample::select(vec!["a.example/", "a.example/", "b.example/", "c.example/"]);
+    let last = prop::sample::select(vec![1u8, 2, 3, 4, 255, 200]);
+    (0..6u8, prop::option::of(0..3i64), prefix, last.clone(), last.clone(), cidrs, last).prop_map(
+        |(name, created, prefix, mac, endpoint, cidr, internal)| {
+            NodeText { name: format!("n{name}"), created, prefix, mac, endpoint, cidr, internal }.object()
+        },
+    )
+}
+
+fn any_pod() -> impl Strategy<Value = Object> {
+    let address =
+        prop::sample::select(vec!["10.244.1.2", "10.244.2.2", "10.244.3.2", "10.244.30.2", "no", "fd00::1"]);
+    let phase = prop::sample::select(vec!["Running", "Running", "Pending", "Succeeded", "Failed"]);
+    (0..6u8, 0..7u8, address, prop::option::of(0..3i64), any::<bool>(), phase).prop_map(
+        |(name, node, address, created, terminating, phase)| {
+            pod(&format!("p{name}"), &format!("n{node}"), address, created, terminating, phase)
+        },
+    )
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        6 => any_node().prop_map(apply),
+        6 => any_pod().prop_map(apply),
+        2 => any_node().prop_map(|object| Event::Delete(object.reference())),
+        2 => any_pod().prop_map(|object| Event::Delete(object.reference())),
+        1 => Just(Event::Listing),
+        1 => Just(Event::Synced),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn after_any_events_the_plan_is_the_one_made_afresh(events in prop::collection::vec(any_event(), 0..40)) {
+        let overlays = overlays();
+        let mut planner = Planner::new(&overlays);
+        let mut cluster = Cluster::default();
+        for event in &events {
+            let before = planner.desired().clone();
+            let changes = planner.apply(event);
+            cluster.apply(event);
+            prop_assert_eq!(planner.desired(), &afresh(&cluster.objects, &overlays), "after {:?}", event);
+            prop_assert_eq!(changes, differences(&before, planner.desired()), "after {:?}", event);
+        }
+        // The way there does not matter, and neither do the problems that were.
+        let mut again = Planner::new(&overlays);
+        for object in cluster.objects.values().rev() {
+            again.apply(&apply(object.clone()));
+        }
+        let sorted = |mut problems: Vec<Problem>| {
+            problems.sort();
+            problems
+        };
+        prop_assert_eq!(again.desired(), planner.desired());
+        prop_assert_eq!(sorted(again.problems()), sorted(planner.problems()));
+    }
+}
+
+fn planner(objects: impl IntoIterator<Item = Object>) -> Planner {
+    let overlay = Overlay { extra_sources: vec![], ..overlays().remove(0) };
+    let mut planner = Planner::new(&[overlay]);
+    for object in objects {
+        planner.apply(&apply(object));
+    }
+    planner
+}
+
+fn vteps(planner: &Planner) -> Vec<&str> {
+    planner.desired().vteps.keys().map(|key| key.node.as_ref()).collect()
+}
+
+fn address(text: &str) -> (OverlayId, Ipv4Addr) {
+    (0, text.parse().unwrap())
+}
+
+/// The trap of flannel-observed: two Nodes with one podCIDR; deleting one of them must not take the other's route.
+#[test]
+fn the_older_node_keeps_its_cidr_and_the_younger_takes_over() {
+    let old = node_text("z-old", 1, "10.244.1.0/24");
+    let young = node_text("a-young", 2, "10.244.1.0/24");
+    let mut planner = planner([young.object(), old.object(), running("p", "a-young", "10.244.1.5")]);
+    assert_eq!(vteps(&planner), ["z-old"]);
+    assert!(planner.desired().pods.is_empty(), "its node is no VTEP");
+    let problems = planner.problems();
+    assert_eq!(problems.len(), 1, "{problems:#?}");
+    assert_eq!(problems[0].severity, Severity::Error);
+    assert_eq!(problems[0].place, "Node a-young");
+    assert!(
+        problems[0].what.contains("podCIDR 10.244.1.0/24 is also that of Node z-old"),
+        "{}",
+        problems[0].what
+    );
+
+    let changes = planner.apply(&Event::Delete(ObjectRef::node("z-old")));
+    assert_eq!(vteps(&planner), ["a-young"]);
+    let cidr = (0, "10.244.1.0/24".parse().unwrap());
+    assert_eq!(planner.desired().prefixes[&cidr].node.as_ref(), "a-young");
+    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "a-young");
+    assert!(changes.prefixes.contains(&cidr) && changes.pods.contains(&address("10.244.1.5")));
+    assert_eq!(planner.problems(), []);
+}
+
+#[test]
+fn a_pod_waits_for_its_node() {
+    let mut planner = planner([running("p", "n1", "10.244.1.5")]);
+    assert!(planner.desired().pods.is_empty());
+    let changes = planner.apply(&apply(node_text("n1", 1, "10.244.1.0/24").object()));
+    assert_eq!(changes.pods, BTreeSet::from([address("10.244.1.5")]));
+    planner.apply(&Event::Delete(ObjectRef::node("n1")));
+    assert_eq!(planner.desired(), &Desired::default());
+}
+
+#[test]
+fn an_address_goes_to_the_newest_pod_that_stays() {
+    let nodes = [node_text("n1", 1, "10.244.1.0/24").object(), node_text("n2", 2, "10.244.2.0/24").object()];
+    let mut planner = planner(nodes);
+    planner.apply(&apply(pod("old", "n1", "10.244.1.5", Some(1), false, "Running")));
+    planner.apply(&apply(pod("new", "n2", "10.244.1.5", Some(2), false, "Running")));
+    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n2");
+    assert!(planner.problems().iter().any(|problem| problem.place == "Pod default/old, status.podIP"));
+    planner.apply(&apply(pod("new", "n2", "10.244.1.5", Some(2), true, "Running")));
+    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n1");
+    planner.apply(&Event::Delete(ObjectRef::pod("default", "old")));
+    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n2");
+}
+
+#[test]
+fn a_node_that_changes_keeps_its_other_entries() {
+    let mut planner =
+        planner([node_text("n1", 1, "10.244.1.0/24").object(), running("p", "n1", "10.244.1.5")]);
+    let changed = NodeText { mac: 9, ..node_text("n1", 1, "10.244.1.0/24") };
+    let changes = planner.apply(&apply(changed.object()));
+    let key = VtepKey { overlay: 0, node: "n1".into() };
+    assert_eq!(changes, Changes { vteps: BTreeSet::from([key.clone()]), ..Changes::default() });
+    assert_eq!(planner.desired().vteps[&key].mac.octets[5], 9);
+    assert!(planner.apply(&apply(changed.object())).is_empty(), "the same again is no change");
+}
+
+#[test]
+fn a_new_listing_removes_what_it_does_not_name_and_nothing_before_its_end() {
+    let kept = node_text("n1", 1, "10.244.1.0/24");
+    let mut planner = planner([kept.object(), node_text("n2", 2, "10.244.2.0/24").object()]);
+    assert!(planner.apply(&Event::Listing).is_empty());
+    assert!(planner.apply(&apply(kept.object())).is_empty());
+    assert_eq!(vteps(&planner), ["n1", "n2"]);
+    assert!(!planner.is_synced());
+    let changes = planner.apply(&Event::Synced);
+    assert_eq!(vteps(&planner), ["n1"]);
+    assert_eq!(changes.vteps, BTreeSet::from([VtepKey { overlay: 0, node: "n2".into() }]));
+    assert!(planner.is_synced());
+}
+
+/// A NAT in front of two nodes: the address can belong to one only, and the user hears of it.
+#[test]
+fn a_shared_outer_source_is_reported() {
+    let first = NodeText { internal: 77, ..node_text("n1", 1, "10.244.1.0/24") };
+    let second = NodeText { internal: 77, ..node_text("n2", 2, "10.244.2.0/24") };
+    let planner = planner([second.object(), first.object()]);
+    assert_eq!(planner.desired().sources[&address("172.16.2.77")].node.as_ref(), "n1");
+    let problems = planner.problems();
+    assert_eq!(problems.len(), 1, "{problems:#?}");
+    assert_eq!((problems[0].severity, problems[0].place.as_str()), (Severity::Warning, "Node n2"));
+}
+
+#[test]
+fn a_pod_in_the_gateways_subnet_takes_nobodys_address() {
+    let planner = planner([node_text("n1", 1, "10.244.1.0/24").object(), running("p", "n1", "10.244.30.9")]);
+    assert!(planner.desired().pods.is_empty());
+    assert!(planner.problems()[0].what.contains("the gateway's own subnet"), "{:?}", planner.problems());
+}
+
+/// The size that the design aims for, in an order that makes every pod wait for its node.
+#[test]
+fn five_thousand_nodes_and_their_pods() {
+    const NODES: u32 = 5_000;
+    const PODS_PER_NODE: u32 = 30;
+    let mut planner = Planner::new(&overlays()[..1]);
+    let at = |index: u32, host: u32| Ipv4Addr::from(0x0a80_0000 + (index << 8) + host);
+    for index in 0..NODES {
+        for host in 2..PODS_PER_NODE + 2 {
+            let name = format!("p{index}-{host}");
+            planner.apply(&apply(running(&name, &format!("n{index}"), &at(index, host).to_string())));
+        }
+    }
+    for index in 0..NODES {
+        let mut node = node_text("", 1, "");
+        node.name = format!("n{index}");
+        let Object::Node(mut object) = node.object() else { unreachable!() };
+        let annotations = object.metadata.annotations.as_mut().unwrap();
+        let [_, _, c, d] = index.to_be_bytes();
+        annotations.insert("a.example/public-ip".into(), format!("172.20.{c}.{d}"));
+        let mac = format!(r#"{{"VtepMAC":"0e:00:00:01:{c:02x}:{d:02x}"}}"#);
+        annotations.insert("a.example/backend-data".into(), mac);
+        object.spec.as_mut().unwrap().pod_cidr = Some(format!("{}/24", at(index, 0)));
+        let changes = planner.apply(&apply(Object::Node(object)));
+        assert_eq!(changes.pods.len(), PODS_PER_NODE as usize);
+    }
+    assert_eq!(planner.desired().vteps.len(), NODES as usize);
+    assert_eq!(planner.desired().pods.len(), (NODES * PODS_PER_NODE) as usize);
+    let changes = planner.apply(&Event::Delete(ObjectRef::node("n17")));
+    assert_eq!(
+        (changes.vteps.len(), changes.prefixes.len(), changes.pods.len()),
+        (1, 1, PODS_PER_NODE as usize)
+    );
+}
