@@ -6,11 +6,13 @@
 //! - [`plan`]: pure: objects to the tables that should be.
 //! - [`kernel`]: facts of this host (links, addresses, next hops) by rtnetlink, and the kernel's tunnel device.
 //! - [`dataplane`]: the BPF object: load, pin, attach, and the reconciler that makes the maps equal to the plan.
+//! - [`daemon`]: the loop that joins them, and the state that it publishes.
 //! - [`cli`]: one file for each verb.
 
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod daemon;
 pub mod dataplane;
 pub mod kernel;
 pub mod plan;

@@ -1,0 +1,71 @@
+//! The command line: one file for each verb.
+//!
+//! Manners: stdout is data, stderr is talk; a closed pipe is success. Exit codes: 0 all is well, 1 something was found
+//! (not running, not reachable, not valid), 2 wrong usage or failure.
+
+pub mod check;
+pub mod detach;
+mod output;
+pub mod run;
+pub mod show;
+pub mod status;
+
+use std::{io, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+/// Something was found that a person should look at.
+const FOUND: u8 = 1;
+/// The verb could not do its work.
+const FAILED: u8 = 2;
+
+/// XDP gateway into Kubernetes pod networks
+#[derive(Parser, Debug)]
+#[command(name = "gateway", version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand, Debug)]
+enum Verb {
+    /// Run the gateway: load, attach, and keep tables equal to the cluster
+    Run(run::Args),
+    /// Tell whether configuration and host are fit to run
+    Check(check::Args),
+    /// Show how a gateway is doing; works from the pins alone while none runs
+    Status(status::Args),
+    /// Show tables and counters, from the pins
+    Show(show::Args),
+    /// Take the gateway off this host: programs, tables, kernel devices
+    Detach(detach::Args),
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().verb {
+        Verb::Run(args) => run::run(args),
+        Verb::Check(args) => check::run(args),
+        Verb::Status(args) => status::run(args),
+        Verb::Show(args) => show::run(args),
+        Verb::Detach(args) => detach::run(args),
+    };
+    result.unwrap_or_else(|error| {
+        if is_closed_pipe(&error) {
+            return ExitCode::SUCCESS;
+        }
+        eprintln!("gateway: {error:#}");
+        ExitCode::from(FAILED)
+    })
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe))
+}
+
+/// An async runtime for verbs that talk netlink.
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}

@@ -1,0 +1,292 @@
+//! `gateway status`: is it running, attached, synchronised, and are the nodes reachable?
+
+use std::{fmt::Write as _, process::ExitCode};
+
+use clap::Args as ClapArgs;
+use gateway_common::abi::{Roles, VtepFlags, VtepSlot};
+use serde::Serialize;
+
+use super::{
+    FOUND,
+    output::{age, json, lines, table},
+    runtime,
+};
+use crate::{
+    config::{Config, Options},
+    daemon::report::{Report, SourceReport, VtepReport, now},
+    dataplane::{
+        load::program_name,
+        pins::{InstanceLock, PinError, Pins},
+        tables::Tables,
+    },
+    kernel::{host::Host, netlink},
+};
+
+/// Arguments of `status`.
+#[derive(ClapArgs, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    options: Options,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Everything that `status` knows.
+#[derive(Debug, Serialize)]
+struct Status {
+    /// Nothing needs attention.
+    healthy: bool,
+    /// Name of the instance.
+    instance: String,
+    /// The daemon, if it runs.
+    daemon: Option<DaemonStatus>,
+    /// Interfaces of the configuration.
+    interfaces: Vec<InterfaceStatus>,
+    /// Tables; empty if nothing is pinned.
+    tables: Vec<TableStatus>,
+    /// VTEPs that are ready for traffic, from the tables.
+    vteps_ready: usize,
+    /// VTEPs that are not.
+    vteps_unresolved: usize,
+    /// Nodes that cannot be reached, and why; known while the daemon runs.
+    unresolved: Vec<VtepReport>,
+    /// What needs attention, for people.
+    problems: Vec<String>,
+}
+
+/// A running daemon.
+#[derive(Debug, Serialize)]
+struct DaemonStatus {
+    /// Process id.
+    pid: u32,
+    /// Seconds since its start.
+    uptime_seconds: u64,
+    /// Where cluster objects come from.
+    source: SourceReport,
+}
+
+/// An (interface, VLAN) with roles.
+#[derive(Debug, Serialize)]
+struct InterfaceStatus {
+    /// Network device.
+    name: String,
+    /// VLAN id.
+    vlan: Option<u16>,
+    /// `underlay`, `external`, or both.
+    roles: Vec<&'static str>,
+    /// Index; absent if the device is.
+    ifindex: Option<u32>,
+    /// Whether the device is up.
+    up: bool,
+    /// `driver`, `generic`, …, as the kernel tells it; absent without a program.
+    mode: Option<&'static str>,
+    /// Id of the program.
+    program: Option<u32>,
+    /// Name of the program, where it may be read.
+    program_name: Option<String>,
+    /// The program is there by our pinned link.
+    ours: bool,
+}
+
+/// How full a table is.
+#[derive(Debug, Serialize)]
+struct TableStatus {
+    /// Name of the map.
+    name: &'static str,
+    /// Entries in it.
+    entries: usize,
+    /// Entries that fit.
+    capacity: u32,
+}
+
+/// Prints the state; exits with 1 if something needs attention.
+///
+/// # Errors
+///
+/// The configuration is invalid, or the kernel does not answer.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let config = args.options.load()?;
+    let status = collect(&config)?;
+    if args.json {
+        json(&status)?;
+    } else {
+        print(&status)?;
+    }
+    Ok(if status.healthy { ExitCode::SUCCESS } else { ExitCode::from(FOUND) })
+}
+
+fn collect(config: &Config) -> anyhow::Result<Status> {
+    let pins = Pins::new(&config.datapath.bpffs, &config.instance);
+    let host = runtime()?.block_on(async { anyhow::Ok(Host::read(&netlink::connect()?).await?) })?;
+    let mut problems = Vec::new();
+
+    let report = running_report(config, &mut problems);
+    let interfaces = interfaces(config, &host, &pins, &mut problems)?;
+    let mut status = Status {
+        healthy: false,
+        instance: config.instance.clone(),
+        daemon: None,
+        interfaces,
+        tables: Vec::new(),
+        vteps_ready: 0,
+        vteps_unresolved: 0,
+        unresolved: Vec::new(),
+        problems: Vec::new(),
+    };
+    match Tables::open(&pins) {
+        Ok(tables) => fill(&mut status, &tables)?,
+        Err(error) => problems.push(error.to_string()),
+    }
+    if let Some(report) = report {
+        if !report.source.synchronised {
+            problems.push(format!("the source {} is not synchronised yet", report.source.location));
+        }
+        problems.extend(report.problems);
+        status.unresolved = report.vteps.into_iter().filter(|vtep| vtep.unresolved.is_some()).collect();
+        status.daemon = Some(DaemonStatus {
+            pid: report.pid,
+            uptime_seconds: now().saturating_sub(report.started),
+            source: report.source,
+        });
+    }
+    status.problems = problems;
+    status.healthy = status.problems.is_empty() && status.vteps_unresolved == 0 && status.daemon.is_some();
+    Ok(status)
+}
+
+/// The daemon's report if it runs, which the lock tells.
+fn running_report(config: &Config, problems: &mut Vec<String>) -> Option<Report> {
+    match InstanceLock::is_held(&config.instance) {
+        Ok(true) => {}
+        Ok(false) => {
+            let remedy = "tables are no longer updated; start it with `gateway run`";
+            problems.push(format!("the gateway is not running: {remedy}"));
+            return None;
+        }
+        Err(error) => {
+            problems.push(error.to_string());
+            return None;
+        }
+    }
+    match Report::read(&config.instance) {
+        Ok(Some(report)) => Some(report),
+        Ok(None) => {
+            problems.push("the gateway is starting: it has not published its state yet".to_owned());
+            None
+        }
+        Err(error) => {
+            problems.push(format!("{error:#}"));
+            None
+        }
+    }
+}
+
+fn interfaces(
+    config: &Config,
+    host: &Host,
+    pins: &Pins,
+    problems: &mut Vec<String>,
+) -> Result<Vec<InterfaceStatus>, PinError> {
+    let linked = pins.linked_interfaces()?;
+    let mut rows = Vec::new();
+    for interface in &config.interfaces {
+        let link = host.by_name(&interface.name);
+        let program = link.and_then(|link| link.xdp.program);
+        let ours = program.is_some() && linked.contains(&interface.name);
+        match link {
+            None => problems.push(format!("interface {} does not exist", interface.name)),
+            Some(link) if !link.up => problems.push(format!("interface {} is down", interface.name)),
+            Some(_) if !ours => problems.push(format!("no program of this gateway is on interface {}", interface.name)),
+            Some(_) => {}
+        }
+        let names = [(Roles::UNDERLAY, "underlay"), (Roles::EXTERNAL, "external")];
+        rows.push(InterfaceStatus {
+            name: interface.name.clone(),
+            vlan: interface.vlan,
+            roles: names.into_iter().filter(|(role, _)| interface.roles.has(*role)).map(|(_, name)| name).collect(),
+            ifindex: link.map(|link| link.index),
+            up: link.is_some_and(|link| link.up),
+            mode: link.and_then(|link| link.xdp.mode).map(crate::kernel::host::AttachMode::label),
+            program,
+            program_name: program.and_then(program_name),
+            ours,
+        });
+    }
+    Ok(rows)
+}
+
+fn fill(status: &mut Status, tables: &Tables) -> anyhow::Result<()> {
+    let vteps = tables.vteps.read()?;
+    let used = vteps.values().map(|vtep| *vtep.slot()).filter(|slot| slot.flags.has(VtepFlags::USED));
+    let (ready, unresolved): (Vec<VtepSlot>, Vec<VtepSlot>) = used.partition(|slot| slot.flags.has(VtepFlags::READY));
+    status.vteps_ready = ready.len();
+    status.vteps_unresolved = unresolved.len();
+    let row = |name, entries, capacity| TableStatus { name, entries, capacity };
+    status.tables = vec![
+        row(tables.pods.name(), tables.pods.read()?.len(), tables.pods.capacity()),
+        row(tables.prefixes.name(), tables.prefixes.read()?.len(), tables.prefixes.capacity()),
+        row(tables.vteps.name(), ready.len() + unresolved.len(), tables.vteps.capacity()),
+        row(tables.sources.name(), tables.sources.read()?.len(), tables.sources.capacity()),
+        row(tables.addresses.name(), tables.addresses.read()?.len(), tables.addresses.capacity()),
+        row(tables.egress.name(), tables.egress.read()?.len(), tables.egress.capacity()),
+    ];
+    Ok(())
+}
+
+fn print(status: &Status) -> anyhow::Result<()> {
+    let mut head = format!("instance {}: ", status.instance);
+    match &status.daemon {
+        Some(daemon) => {
+            let heard = daemon
+                .source
+                .last_event
+                .map_or_else(|| "nothing heard yet".to_owned(), |at| format!("last event {} ago", age(now().saturating_sub(at))));
+            let state = if daemon.source.synchronised { "synchronised" } else { "not synchronised" };
+            write!(head, "running as process {} for {}\n", daemon.pid, age(daemon.uptime_seconds))?;
+            write!(head, "source {}: {state}, {heard}", daemon.source.location)?;
+        }
+        None => head.push_str("not running"),
+    }
+    write!(head, "\nnodes: {} ready, {} unresolved\n", status.vteps_ready, status.vteps_unresolved)?;
+    lines(&head)?;
+
+    let dash = || "-".to_owned();
+    table(
+        &["INTERFACE", "VLAN", "ROLES", "MODE", "PROGRAM", "STATE"],
+        status.interfaces.iter().map(|row| {
+            [
+                row.name.clone(),
+                row.vlan.map_or_else(dash, |vlan| vlan.to_string()),
+                row.roles.join(", "),
+                row.mode.unwrap_or("-").to_owned(),
+                row.program.map_or_else(dash, |id| {
+                    format!("{id} {}", row.program_name.as_deref().unwrap_or_default()).trim_end().to_owned()
+                }),
+                match (row.ifindex, row.up, row.ours) {
+                    (None, ..) => "absent",
+                    (_, false, _) => "down",
+                    (_, _, false) => "not attached",
+                    _ => "attached",
+                }
+                .to_owned(),
+            ]
+        }),
+    )?;
+    lines("")?;
+    table(
+        &["TABLE", "ENTRIES", "CAPACITY"],
+        status.tables.iter().map(|row| [row.name.to_owned(), row.entries.to_string(), row.capacity.to_string()]),
+    )?;
+    for vtep in &status.unresolved {
+        let reason = vtep.unresolved.as_deref().unwrap_or_default();
+        lines(&format!("\nnode {} ({}) cannot be reached: {reason}", vtep.node, vtep.endpoint))?;
+    }
+    if !status.problems.is_empty() {
+        lines("\nproblems:")?;
+        for problem in &status.problems {
+            lines(&format!("- {problem}"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,468 @@
+//! The loop that turns events into tables.
+//!
+//! Three things wake it: the source of cluster objects, rtnetlink, and a clock. Each only marks what must be looked at
+//! again ([`Pending`]); then one piece of work brings everything marked up to date. Whatever fails stays marked by
+//! being different, and the clock's full pass finds it.
+
+pub mod report;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use gateway_common::abi::{VtepFlags, VtepSlot};
+use tokio::{
+    sync::mpsc,
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use self::report::{Report, SourceReport, VtepReport, now};
+use crate::{
+    cluster::{self, model, problem::ProblemList},
+    config::{Config, Source},
+    dataplane::{
+        constants::constants,
+        load::Programs,
+        pins::{InstanceLock, Pins},
+        reconcile::{Pass, Reconciler, Scope},
+        tables::Tables,
+        template,
+    },
+    kernel::{
+        device::{Device, Goal, device_name},
+        host::Host,
+        netlink,
+        underlay::{NextHop, Path, ReadyHop, Underlay},
+    },
+    plan::{Changes, Planner, VtepKey},
+};
+
+/// How often everything is read anew and compared.
+const VERIFY_INTERVAL: Duration = Duration::from_secs(30);
+/// How often a changed state is published.
+const REPORT_INTERVAL: Duration = Duration::from_millis(200);
+/// Netlink tells one change in several messages; so long is waited for the rest.
+const SETTLE: Duration = Duration::from_millis(10);
+/// Events of the source taken before the tables are brought up to date.
+const BURST: usize = 4096;
+/// MTU of the underlay while its interface is absent.
+const DEFAULT_MTU: u32 = 1500;
+
+/// What must be looked at again.
+#[derive(Debug, Default)]
+struct Pending {
+    /// Links and addresses.
+    host: bool,
+    /// Routes towards endpoints.
+    routes: bool,
+    /// Neighbours were lost sight of.
+    neighbours: bool,
+    /// A next hop moved.
+    hops: bool,
+    /// Keys of the plan.
+    changes: Changes,
+    /// Everything.
+    verify: bool,
+}
+
+impl Pending {
+    fn everything() -> Self {
+        Self { host: true, routes: true, neighbours: true, hops: true, verify: true, changes: Changes::default() }
+    }
+}
+
+/// Where problems come from; each part replaces its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Interfaces,
+    Tables,
+    HostTables,
+    Devices,
+    Netlink,
+}
+
+/// The daemon of an instance.
+#[derive(Debug)]
+pub struct Daemon {
+    config: Config,
+    handle: rtnetlink::Handle,
+    programs: Programs,
+    reconciler: Reconciler,
+    planner: Planner,
+    underlay: Underlay,
+    devices: Vec<Device>,
+    host: Host,
+    hops: BTreeMap<VtepKey, NextHop>,
+    slots: BTreeMap<VtepKey, VtepSlot>,
+    source_problems: ProblemList,
+    problems: BTreeMap<Part, Vec<String>>,
+    told: BTreeSet<String>,
+    started: u64,
+    last_event: Option<u64>,
+    _lock: InstanceLock,
+}
+
+impl Daemon {
+    /// Takes the instance, makes or adopts its tables, and puts the program on every interface that is there.
+    ///
+    /// # Errors
+    ///
+    /// Whatever keeps the datapath from running, with the remedy. Absent interfaces do not: they are waited for.
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let lock = InstanceLock::take(&config.instance)?;
+        let pins = Pins::new(&config.datapath.bpffs, &config.instance);
+        let programs = Programs::prepare(pins, &config.datapath)?;
+        programs.create_tables()?;
+        let reconciler = Reconciler::adopt(Tables::open(programs.pins())?)?;
+        let handle = netlink::connect().context("cannot open a netlink connection")?;
+        let host = Host::read(&handle).await?;
+        let mut daemon = Self {
+            planner: Planner::new(&config.overlays),
+            underlay: Underlay::new(handle.clone()),
+            devices: config.overlays.iter().map(|overlay| Device::new(handle.clone(), overlay)).collect(),
+            handle,
+            programs,
+            reconciler,
+            host,
+            hops: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            source_problems: ProblemList::default(),
+            problems: BTreeMap::new(),
+            told: BTreeSet::new(),
+            started: now(),
+            last_event: None,
+            config,
+            _lock: lock,
+        };
+        let names: BTreeSet<String> = daemon.interface_names();
+        daemon.programs.detach_others(|name| names.contains(name))?;
+        daemon.apply_host_tables();
+        for name in &names {
+            daemon.attach(name)?;
+        }
+        Ok(daemon)
+    }
+
+    /// Works until cancelled. The datapath goes on without the daemon.
+    ///
+    /// # Errors
+    ///
+    /// rtnetlink cannot be subscribed to.
+    pub async fn run(mut self, cancel: CancellationToken) -> anyhow::Result<()> {
+        let mut netlink = netlink::subscribe().context("cannot subscribe to netlink events")?;
+        let (sender, mut source) = mpsc::channel(BURST);
+        let watcher = match &self.config.source {
+            Source::Files { path } => {
+                tokio::spawn(cluster::files::watch(path.clone(), sender, self.source_problems.clone()))
+            }
+        };
+        let mut verify = interval(VERIFY_INTERVAL);
+        verify.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut publish = interval(REPORT_INTERVAL);
+        publish.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut unpublished;
+        let mut last_problems = Instant::now();
+        // What happened between the first look and the subscription has no event.
+        let mut pending = Pending::everything();
+        loop {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => break,
+                () = self.work(&mut pending, &mut netlink) => {}
+            }
+            unpublished = true;
+            'wait: loop {
+                tokio::select! {
+                    biased;
+                    () = cancel.cancelled() => break 'wait,
+                    Some(event) = netlink.recv() => {
+                        if self.take_netlink(&event, &mut pending) {
+                            break 'wait;
+                        }
+                    }
+                    Some(event) = source.recv() => {
+                        self.take_source(&event, &mut pending);
+                        for _ in 0..BURST {
+                            match source.try_recv() {
+                                Ok(event) => self.take_source(&event, &mut pending),
+                                Err(_) => break,
+                            }
+                        }
+                        break 'wait;
+                    }
+                    _ = verify.tick() => {
+                        pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
+                        break 'wait;
+                    }
+                    _ = publish.tick(), if unpublished || last_problems.elapsed() > Duration::from_secs(2) => {
+                        last_problems = Instant::now();
+                        unpublished = false;
+                        self.publish();
+                    }
+                }
+            }
+            if cancel.is_cancelled() {
+                break;
+            }
+        }
+        watcher.abort();
+        self.publish();
+        info!("stopping; the datapath keeps forwarding (`gateway detach` removes it)");
+        Ok(())
+    }
+
+    fn interface_names(&self) -> BTreeSet<String> {
+        self.config.interfaces.iter().map(|interface| interface.name.clone()).collect()
+    }
+
+    /// Notes an event; tells whether there is work.
+    fn take_netlink(&mut self, event: &netlink::Event, pending: &mut Pending) -> bool {
+        match event {
+            netlink::Event::Links => {
+                pending.host = true;
+                pending.routes = true;
+            }
+            netlink::Event::Addresses => {
+                pending.host = true;
+                pending.routes = true;
+            }
+            netlink::Event::Routes => pending.routes = true,
+            netlink::Event::Neighbour(message) => {
+                if !self.underlay.neighbour_event(message, false) {
+                    return false;
+                }
+                pending.hops = true;
+            }
+            netlink::Event::NeighbourGone(message) => {
+                if !self.underlay.neighbour_event(message, true) {
+                    return false;
+                }
+                pending.hops = true;
+            }
+            netlink::Event::Lost => {
+                *pending =
+                    Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
+            }
+        }
+        true
+    }
+
+    fn take_source(&mut self, event: &model::Event, pending: &mut Pending) {
+        self.last_event = Some(now());
+        let synced = self.planner.is_synced();
+        pending.changes.merge(self.planner.apply(event));
+        if !synced && self.planner.is_synced() {
+            let desired = self.planner.desired();
+            info!(
+                nodes = desired.vteps.len(),
+                pods = desired.pods.len(),
+                prefixes = desired.prefixes.len(),
+                "the source is synchronised"
+            );
+            // Before this, what the tables held from an earlier run was left as it was.
+            pending.verify = true;
+        }
+    }
+
+    /// Brings everything marked up to date.
+    async fn work(&mut self, pending: &mut Pending, netlink: &mut mpsc::UnboundedReceiver<netlink::Event>) {
+        if pending.host || pending.routes {
+            sleep(SETTLE).await;
+            while let Ok(event) = netlink.try_recv() {
+                self.take_netlink(&event, pending);
+            }
+        }
+        // Taken only now: if the work is cancelled half-way, the daemon stops anyway.
+        let Pending { host, routes, neighbours, hops, changes, verify } = std::mem::take(pending);
+        let mut netlink_problems = Vec::new();
+        if host || verify {
+            match Host::read(&self.handle).await {
+                Ok(host) => self.host = host,
+                Err(error) => netlink_problems.push(error.to_string()),
+            }
+            self.reattach();
+        }
+        if verify && let Err(error) = self.reconciler.reread() {
+            netlink_problems.push(error.to_string());
+        }
+        if host || verify {
+            self.apply_host_tables();
+        }
+        if neighbours {
+            if let Err(error) = self.underlay.resync().await {
+                netlink_problems.push(error.to_string());
+            }
+        } else if routes {
+            self.underlay.reroute().await;
+        }
+        self.problems.insert(Part::Netlink, netlink_problems);
+
+        if !self.planner.is_synced() {
+            return;
+        }
+        if verify || !changes.vteps.is_empty() {
+            let paths = self.planner.desired().vteps.keys().filter_map(|key| self.path(key)).collect();
+            self.underlay.track(&paths).await;
+        }
+        let moved = hops || host || routes || neighbours || verify || !changes.vteps.is_empty();
+        let hops_before = if moved { self.update_hops() } else { false };
+        if hops {
+            // A neighbour that went must be asked for again.
+            self.underlay.resolve().await;
+        }
+        self.apply_tables(if verify { Scope::Everything } else { Scope::Only(&changes) });
+        if verify || hops_before || host || !changes.vteps.is_empty() || !changes.prefixes.is_empty() {
+            self.apply_devices().await;
+        }
+    }
+
+    fn path(&self, key: &VtepKey) -> Option<Path> {
+        let overlay = self.config.overlays.get(key.overlay as usize)?;
+        let vtep = self.planner.desired().vteps.get(key)?;
+        Some(Path { local: overlay.local, endpoint: vtep.endpoint })
+    }
+
+    /// Computes next hops and slots; tells whether any hop differs from before.
+    fn update_hops(&mut self) -> bool {
+        let mut hops = BTreeMap::new();
+        let mut slots = BTreeMap::new();
+        for (key, vtep) in &self.planner.desired().vteps {
+            let Some(overlay) = self.config.overlays.get(key.overlay as usize) else { continue };
+            let path = Path { local: overlay.local, endpoint: vtep.endpoint };
+            let hop = self.underlay.next_hop(path, &self.host, &self.config);
+            slots.insert(key.clone(), template::slot(key.overlay, overlay, vtep, &hop));
+            hops.insert(key.clone(), hop);
+        }
+        let moved = hops != self.hops;
+        self.hops = hops;
+        self.slots = slots;
+        moved
+    }
+
+    fn apply_tables(&mut self, scope: Scope<'_>) {
+        let begin = Instant::now();
+        let pass = self.reconciler.apply(self.planner.desired(), &self.slots, scope);
+        if pass.written + pass.deleted > 0 {
+            debug!(written = pass.written, deleted = pass.deleted, took = ?begin.elapsed(), "tables changed");
+        }
+        // A problem seen in a full pass lasts until another full pass does not see it.
+        let full = matches!(scope, Scope::Everything);
+        if full || !pass.problems.is_empty() {
+            self.problems.insert(Part::Tables, pass.problems);
+        }
+    }
+
+    fn apply_host_tables(&mut self) {
+        let devices: BTreeSet<String> = self.config.overlays.iter().map(device_name).collect();
+        let addresses = self.host.address_table(&self.config);
+        let egress = self.host.egress_table(&self.config, |name| devices.contains(name));
+        let Pass { problems, .. } = self.reconciler.apply_host(&addresses, &egress);
+        self.problems.insert(Part::HostTables, problems);
+    }
+
+    async fn apply_devices(&mut self) {
+        let mut problems = Vec::new();
+        for (id, device) in (0_u32..).zip(&self.devices) {
+            let goal = Goal::new(id, self.planner.desired(), &self.hops, |hop| self.kernel_device(hop));
+            problems.extend(device.apply(&goal, &self.host, self.underlay_mtu(id)).await);
+        }
+        self.problems.insert(Part::Devices, problems);
+    }
+
+    /// The device that the kernel sends by: the VLAN device where the program tags by itself.
+    fn kernel_device(&self, hop: &ReadyHop) -> Option<u32> {
+        let matches = |link: &&crate::kernel::host::Link| {
+            self.host.port(link).is_some_and(|(port, vlan)| port.index == hop.ifindex && vlan == hop.vlan)
+        };
+        self.host.links.values().find(matches).map(|link| link.index)
+    }
+
+    fn underlay_mtu(&self, overlay: u32) -> u32 {
+        let local = self.config.overlays.get(overlay as usize).map(|overlay| overlay.local);
+        let carrier = self.host.addresses.iter().find(|(address, _)| Some(*address) == local);
+        carrier.and_then(|(_, index)| self.host.links.get(index)).map_or(DEFAULT_MTU, |link| link.mtu)
+    }
+
+    /// Puts the program on an interface, unless it is absent or runs it already.
+    fn attach(&mut self, name: &str) -> anyhow::Result<()> {
+        let Some(link) = self.host.by_name(name) else {
+            self.note_interface(format!("interface {name} does not exist; it is attached as soon as it appears"));
+            return Ok(());
+        };
+        let constants = constants(&self.config, link)?;
+        if self.programs.is_current(link, &constants) {
+            return Ok(());
+        }
+        Ok(self.programs.attach(link, &constants)?)
+    }
+
+    fn note_interface(&mut self, problem: String) {
+        self.problems.entry(Part::Interfaces).or_default().push(problem);
+    }
+
+    /// Interfaces come back with another index, or get another address; somebody may remove the program.
+    fn reattach(&mut self) {
+        self.problems.remove(&Part::Interfaces);
+        for name in self.interface_names() {
+            if let Err(error) = self.attach(&name) {
+                self.note_interface(format!("{error:#}"));
+            }
+        }
+    }
+
+    /// Logs what is new among the problems, and writes the state for `status`.
+    fn publish(&mut self) {
+        let cluster = self.planner.problems().into_iter().chain(self.source_problems.all());
+        let mut problems: Vec<String> = cluster.map(|problem| problem.to_string()).collect();
+        problems.extend(self.problems.values().flatten().cloned());
+        let current: BTreeSet<String> = problems.iter().cloned().collect();
+        for problem in current.difference(&self.told) {
+            warn!("{problem}");
+        }
+        for problem in self.told.difference(&current) {
+            info!("solved: {problem}");
+        }
+        self.told = current;
+
+        let report = Report {
+            instance: self.config.instance.clone(),
+            pid: std::process::id(),
+            started: self.started,
+            written: now(),
+            source: SourceReport {
+                location: match &self.config.source {
+                    Source::Files { path } => path.display().to_string(),
+                },
+                synchronised: self.planner.is_synced(),
+                last_event: self.last_event,
+            },
+            vteps: self.vtep_reports(),
+            problems,
+        };
+        if let Err(error) = report.write() {
+            error!("{error:#}");
+        }
+    }
+
+    fn vtep_reports(&self) -> Vec<VtepReport> {
+        let vteps = self.planner.desired().vteps.iter();
+        vteps
+            .map(|(key, vtep)| VtepReport {
+                overlay: key.overlay,
+                node: key.node.to_string(),
+                id: self.reconciler.vtep_id(key),
+                endpoint: vtep.endpoint,
+                direct: self.slots.get(key).is_some_and(|slot| slot.flags.has(VtepFlags::DIRECT)),
+                unresolved: match self.hops.get(key) {
+                    Some(NextHop::Ready(_)) => None,
+                    Some(NextHop::Unresolved(reason)) => Some(reason.clone()),
+                    None => Some("not looked up yet".to_owned()),
+                },
+            })
+            .collect()
+    }
+}

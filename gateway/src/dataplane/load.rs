@@ -1,0 +1,352 @@
+//! One load of the program for each interface, because their constants differ; all loads share the pinned tables.
+//!
+//! The attachment is a BPF link pinned in the bpffs. So it outlives the daemon, and a new daemon (or new constants)
+//! swaps the program under it atomically: no packet goes without one.
+
+use std::{collections::BTreeMap, fs, io, time::Duration};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader, include_bytes_aligned,
+    programs::{
+        ProgramError, Xdp, XdpMode,
+        links::{FdLink, LinkError, PinnedLink},
+        loaded_programs,
+        xdp::XdpLink,
+    },
+};
+use aya_log::EbpfLogger;
+use gateway_common::abi::{self, CONFIG_SYMBOL, PROGRAM};
+use tracing::{info, warn};
+
+use super::pins::{MapSpec, PinError, Pins, spec};
+use crate::{
+    config::{self, DatapathLog},
+    kernel::host::{AttachMode, Link},
+};
+
+/// The BPF object, built by this crate's build script.
+pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gateway.bpf.o"));
+
+/// Lines of the verifier's log that are worth showing: its complaint stands at the end.
+const VERIFIER_TAIL: usize = 20;
+
+/// How often the datapath log is read while it is on.
+const LOG_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The program cannot be put on an interface.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A pin is wrong.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The object cannot be loaded.
+    #[error("cannot load the BPF object: {0}{advice}", advice = load_advice(.0))]
+    Object(#[from] EbpfError),
+    /// The kernel refuses the program.
+    #[error("the kernel refuses the XDP program for {interface}: {source}\n{log}")]
+    Program {
+        /// Interface.
+        interface: String,
+        /// What aya said.
+        source: io::Error,
+        /// End of the verifier's log.
+        log: String,
+    },
+    /// The object is not the one that this daemon was built with.
+    #[error("the BPF object has no XDP program named {PROGRAM}: build the gateway anew")]
+    NoProgram,
+    /// Somebody else's program is there.
+    #[error(
+        "interface {interface} already runs an XDP program that is not ours (id {id}, name {name}): it is left alone. \
+         Remove it with the tool that attached it, or by `ip link set dev {interface} xdp off` or \
+         `bpftool net detach xdp dev {interface}`, then start the gateway again"
+    )]
+    Foreign {
+        /// Interface.
+        interface: String,
+        /// Program id.
+        id: u32,
+        /// Program name.
+        name: String,
+    },
+    /// The driver cannot do XDP.
+    #[error(
+        "the driver of interface {interface} does not support XDP ({source}): set xdp_mode = \"generic\" under \
+         [datapath] to use the kernel's slower generic hook"
+    )]
+    NoDriverSupport {
+        /// Interface.
+        interface: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Attaching failed otherwise.
+    #[error("cannot attach the XDP program to interface {interface}: {source}")]
+    Attach {
+        /// Interface.
+        interface: String,
+        /// What aya said.
+        source: ProgramError,
+    },
+    /// The attachment cannot be read.
+    #[error("cannot use the pinned attachment of interface {interface}: {source}")]
+    Link {
+        /// Interface.
+        interface: String,
+        /// What aya said.
+        source: LinkError,
+    },
+    /// The attachment cannot be made to outlive the daemon.
+    #[error("cannot pin the attachment of interface {interface}: {source}")]
+    Pinning {
+        /// Interface.
+        interface: String,
+        /// What aya said.
+        source: aya::pin::PinError,
+    },
+}
+
+fn load_advice(error: &EbpfError) -> &'static str {
+    match error {
+        EbpfError::MapError(aya::maps::MapError::CreateError { io_error, .. }) => match io_error.raw_os_error() {
+            Some(libc::EPERM) => " (root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, is needed)",
+            Some(libc::ENOMEM | libc::E2BIG) => " (lower the table sizes under [datapath])",
+            _ => "",
+        },
+        _ => "",
+    }
+}
+
+/// A program at work on an interface.
+#[derive(Debug)]
+struct Attachment {
+    constants: abi::Config,
+    program_id: u32,
+    logger: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if let Some(logger) = &self.logger {
+            logger.abort();
+        }
+    }
+}
+
+/// The programs of an instance.
+#[derive(Debug)]
+pub struct Programs {
+    pins: Pins,
+    specs: Vec<MapSpec>,
+    settings: config::Datapath,
+    attached: BTreeMap<String, Attachment>,
+}
+
+impl Programs {
+    /// Prepares the bpffs and checks the pins of an earlier run; loads nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// A pin that is not what this configuration expects.
+    pub fn prepare(pins: Pins, settings: &config::Datapath) -> Result<Self, LoadError> {
+        pins.prepare()?;
+        let specs = spec::all(settings).to_vec();
+        pins.check(&specs)?;
+        Ok(Self { pins, specs, settings: settings.clone(), attached: BTreeMap::new() })
+    }
+
+    /// The pins.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// Makes the tables, or adopts them, without attaching anything.
+    ///
+    /// # Errors
+    ///
+    /// The object cannot be loaded.
+    pub fn create_tables(&self) -> Result<(), LoadError> {
+        self.load_object(&abi::Config::UNSET).map(drop)
+    }
+
+    fn load_object(&self, constants: &abi::Config) -> Result<Ebpf, LoadError> {
+        let level: u8 = match self.settings.log {
+            DatapathLog::Off => 0,
+            DatapathLog::Debug => aya_log::Level::Debug as u8,
+        };
+        let mut loader = EbpfLoader::new();
+        loader.override_global(CONFIG_SYMBOL, constants, true);
+        loader.override_global(aya_log::LEVEL, &level, false);
+        for spec in &self.specs {
+            loader.map_pin_path(spec.name, self.pins.map(spec.name)).map_max_entries(spec.name, spec.max_entries);
+        }
+        Ok(loader.load(OBJECT)?)
+    }
+
+    /// Whether the interface runs a program with these constants.
+    pub fn is_current(&self, link: &Link, constants: &abi::Config) -> bool {
+        self.attached
+            .get(&link.name)
+            .is_some_and(|attachment| attachment.constants == *constants && link.xdp.program == Some(attachment.program_id))
+    }
+
+    /// Puts a program with these constants on an interface: swaps the one of the pinned link, or attaches and pins.
+    ///
+    /// # Errors
+    ///
+    /// What is in the way, and how to remove it. What ran before goes on running.
+    pub fn attach(&mut self, link: &Link, constants: &abi::Config) -> Result<(), LoadError> {
+        let interface = &link.name;
+        let mut ebpf = self.load_object(constants)?;
+        let logger = (self.settings.log != DatapathLog::Off).then(|| follow_log(&mut ebpf)).flatten();
+        let program: &mut Xdp =
+            ebpf.program_mut(PROGRAM).and_then(|program| program.try_into().ok()).ok_or(LoadError::NoProgram)?;
+        program.load().map_err(|error| refused(interface, error))?;
+        let fault = |source| LoadError::Attach { interface: interface.clone(), source };
+        let program_id = program.info().map_err(fault)?.id();
+
+        let how = match self.adopt(link)? {
+            Some(pinned) => {
+                program.attach_to_link(pinned).map_err(fault)?;
+                "swapped"
+            }
+            None => {
+                self.attach_new(program, link)?;
+                "attached"
+            }
+        };
+        info!(interface, program = program_id, mode = ?self.settings.xdp_mode, "XDP program {how}");
+        self.attached.insert(interface.clone(), Attachment { constants: *constants, program_id, logger });
+        Ok(())
+    }
+
+    /// The pinned link, if it still holds this very device in the configured mode.
+    fn adopt(&self, link: &Link) -> Result<Option<XdpLink>, LoadError> {
+        let path = self.pins.link(&link.name);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let fault = |source| LoadError::Link { interface: link.name.clone(), source };
+        let pinned = FdLink::from(PinnedLink::from_pin(&path).map_err(fault)?);
+        let ours = Some(pinned.info().map_err(fault)?.program_id());
+        let mode = match self.settings.xdp_mode {
+            config::XdpMode::Driver => AttachMode::Driver,
+            config::XdpMode::Generic => AttachMode::Generic,
+        };
+        if link.xdp.program == ours && link.xdp.mode == Some(mode) {
+            return XdpLink::try_from(pinned).map(Some).map_err(fault);
+        }
+        // A device that went away leaves its link behind, and the mode of a link cannot change.
+        self.unpin(&link.name)?;
+        Ok(None)
+    }
+
+    fn attach_new(&self, program: &mut Xdp, link: &Link) -> Result<(), LoadError> {
+        let interface = &link.name;
+        let mode = match self.settings.xdp_mode {
+            config::XdpMode::Driver => XdpMode::Driver,
+            config::XdpMode::Generic => XdpMode::Skb,
+        };
+        let id = program.attach_to_if_index(link.index, mode).map_err(|error| match errno(&error) {
+            Some(libc::EBUSY | libc::EEXIST) => foreign(link),
+            Some(code @ (libc::EOPNOTSUPP | libc::EINVAL)) if mode == XdpMode::Driver => LoadError::NoDriverSupport {
+                interface: interface.clone(),
+                source: io::Error::from_raw_os_error(code),
+            },
+            _ => LoadError::Attach { interface: interface.clone(), source: error },
+        })?;
+        let attach = |source| LoadError::Attach { interface: interface.clone(), source };
+        let attached = program.take_link(id).map_err(attach)?;
+        let fault = |source| LoadError::Link { interface: interface.clone(), source };
+        let attached = FdLink::try_from(attached).map_err(fault)?;
+        attached
+            .pin(self.pins.link(interface))
+            .map_err(|source| LoadError::Pinning { interface: interface.clone(), source })?;
+        Ok(())
+    }
+
+    fn unpin(&self, interface: &str) -> Result<(), PinError> {
+        let path = self.pins.link(interface);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(PinError::Io { verb: "remove", path, source: error })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Detaches interfaces that the configuration no longer names.
+    ///
+    /// # Errors
+    ///
+    /// A pin that cannot be listed or removed.
+    pub fn detach_others(&mut self, keep: impl Fn(&str) -> bool) -> Result<(), PinError> {
+        for interface in self.pins.linked_interfaces()? {
+            if !keep(&interface) {
+                self.unpin(&interface)?;
+                self.attached.remove(&interface);
+                info!(interface, "XDP program detached: the configuration does not name the interface any more");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Who runs on the interface, for the error.
+fn foreign(link: &Link) -> LoadError {
+    let id = link.xdp.program.unwrap_or(0);
+    let name = program_name(id).unwrap_or_else(|| "unknown".to_owned());
+    LoadError::Foreign { interface: link.name.clone(), id, name }
+}
+
+/// Name of a loaded program.
+pub fn program_name(id: u32) -> Option<String> {
+    loaded_programs().filter_map(Result::ok).find(|info| info.id() == id)?.name_as_str().map(str::to_owned)
+}
+
+fn refused(interface: &str, error: ProgramError) -> LoadError {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let lines: Vec<&str> = log.lines().collect();
+            let tail = lines.get(lines.len().saturating_sub(VERIFIER_TAIL)..).unwrap_or_default();
+            LoadError::Program { interface: interface.to_owned(), source: io_error, log: tail.join("\n") }
+        }
+        source => LoadError::Attach { interface: interface.to_owned(), source },
+    }
+}
+
+fn errno(error: &ProgramError) -> Option<i32> {
+    // aya wraps the error of the system call once or twice.
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(code) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(code);
+        }
+        if let Some(syscall) = error.downcast_ref::<aya::sys::SyscallError>() {
+            return syscall.io_error.raw_os_error();
+        }
+        cause = error.source();
+    }
+    match error {
+        ProgramError::SyscallError(syscall) => syscall.io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+/// Hands the program's log records to the daemon's log, until the attachment goes.
+fn follow_log(ebpf: &mut Ebpf) -> Option<tokio::task::JoinHandle<()>> {
+    match EbpfLogger::init(ebpf) {
+        Ok(mut logger) => Some(tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(LOG_INTERVAL);
+            loop {
+                ticks.tick().await;
+                logger.flush();
+            }
+        })),
+        Err(error) => {
+            warn!(%error, "no datapath log");
+            None
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! Where the maps and links of an instance lie in the bpffs, and who may use them.
+//!
+//! ```text
+//! <bpffs>/gateway/<instance>/v<abi>/maps/<MAP>      the tables, shared by all loads of the program
+//! <bpffs>/gateway/<instance>/v<abi>/links/<ifname>  the attachment of each interface
+//! /run/gateway/<instance>/lock                      held by the daemon while it runs
+//! ```
+//!
+//! A pin is never trusted: the loader would take a map of another type or size without complaint, and the kernel would
+//! then copy as many bytes as *that* map has.
+
+use std::{
+    fmt,
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek as _, Write as _},
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use aya::maps::{MapData, MapError, MapInfo, MapType};
+use gateway_common::abi::VERSION;
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+/// Directory for runtime files; one subdirectory for each instance.
+pub const RUN_DIRECTORY: &str = "/run/gateway";
+
+/// How often the lock is tried: somebody who only asks whether it is held holds it for a moment.
+const ATTEMPTS: u32 = 5;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// Something is wrong with a pin or with the bpffs.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// A file operation failed.
+    #[error("cannot {verb} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        verb: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A pinned map cannot be opened.
+    #[error("cannot open the pinned map {}: {source}{}", path.display(), absent(path))]
+    Map {
+        /// The pin.
+        path: PathBuf,
+        /// What aya said.
+        source: MapError,
+    },
+    /// Something else is pinned there.
+    #[error(
+        "the pinned map {} is not what this version expects ({found}, expected {expected}): stop the gateway, remove \
+         its pins with `gateway detach`, and start it again",
+        path.display()
+    )]
+    Mismatch {
+        /// The pin.
+        path: PathBuf,
+        /// What is there.
+        found: Shape,
+        /// What should be there.
+        expected: Shape,
+    },
+    /// Another daemon runs.
+    #[error(
+        "instance {instance} is already running{}: stop that process, or give this one another name with --instance",
+        holder.map_or_else(String::new, |pid| format!(" as process {pid}"))
+    )]
+    Locked {
+        /// Name of the instance.
+        instance: String,
+        /// Process that holds the lock, if it said so.
+        holder: Option<u32>,
+    },
+}
+
+fn absent(path: &Path) -> &'static str {
+    if path.exists() { "" } else { " (nothing is pinned there: `gateway run` makes the tables)" }
+}
+
+/// What must agree before a pinned map is used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shape {
+    /// Type of map.
+    pub kind: Option<MapType>,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value.
+    pub value_size: u32,
+    /// `BPF_F_*` flags of its creation.
+    pub flags: u32,
+    /// Capacity.
+    pub max_entries: u32,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Some(kind) => write!(f, "{kind:?}")?,
+            None => f.write_str("a map of unknown type")?,
+        }
+        write!(
+            f,
+            " with keys of {} bytes, values of {} bytes, flags {:#x}, {} entries",
+            self.key_size, self.value_size, self.flags, self.max_entries
+        )
+    }
+}
+
+/// A map that is expected.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MapSpec {
+    /// Name of the map and of its pin.
+    pub name: &'static str,
+    /// Type of map.
+    pub kind: MapType,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value.
+    pub value_size: u32,
+    /// `BPF_F_*` flags of its creation.
+    pub flags: u32,
+    /// Capacity, if the map comes from the configuration at hand.
+    pub max_entries: u32,
+}
+
+impl MapSpec {
+    fn shape(&self) -> Shape {
+        let Self { name: _, kind, key_size, value_size, flags, max_entries } = *self;
+        Shape { kind: Some(kind), key_size, value_size, flags, max_entries }
+    }
+}
+
+/// What each table is expected to be.
+pub mod spec {
+    use aya::maps::MapType;
+    use gateway_common::{
+        abi::{Counter, Egress, LocalAddress, OUTCOME_CAPACITY, OverlayAddress, Route, Vtep, map},
+        wire::Ipv4,
+    };
+
+    use super::MapSpec;
+    use crate::{config::Datapath, dataplane::tables::TrieKey};
+
+    /// Capacity of the table of this host's addresses.
+    pub const MAX_ADDRESSES: u32 = 4096;
+    /// Capacity of the table of ways out.
+    pub const MAX_EGRESS: u32 = 1024;
+
+    const BPF_F_NO_PREALLOC: u32 = 1;
+
+    #[expect(clippy::cast_possible_truncation, reason = "sizes of table types are far below 4 GiB")]
+    const fn of<K, V>(name: &'static str, kind: MapType, flags: u32, max_entries: u32) -> MapSpec {
+        MapSpec { name, kind, key_size: size_of::<K>() as u32, value_size: size_of::<V>() as u32, flags, max_entries }
+    }
+
+    pub(crate) const fn pods() -> MapSpec {
+        of::<OverlayAddress, Route>(map::PODS, MapType::Hash, 0, 0)
+    }
+
+    pub(crate) const fn prefixes() -> MapSpec {
+        of::<TrieKey, Route>(map::PREFIXES, MapType::LpmTrie, BPF_F_NO_PREALLOC, 0)
+    }
+
+    pub(crate) const fn vteps() -> MapSpec {
+        of::<u32, Vtep>(map::VTEPS, MapType::Array, 0, 0)
+    }
+
+    pub(crate) const fn sources() -> MapSpec {
+        of::<OverlayAddress, Route>(map::SOURCES, MapType::Hash, 0, 0)
+    }
+
+    pub(crate) const fn addresses() -> MapSpec {
+        of::<Ipv4, LocalAddress>(map::ADDRESSES, MapType::Hash, 0, MAX_ADDRESSES)
+    }
+
+    pub(crate) const fn egress() -> MapSpec {
+        of::<u32, Egress>(map::EGRESS, MapType::Hash, 0, MAX_EGRESS)
+    }
+
+    pub(crate) const fn counters() -> MapSpec {
+        of::<u32, Counter>(map::COUNTERS, MapType::PerCpuArray, 0, OUTCOME_CAPACITY)
+    }
+
+    /// Every table with the capacities of a configuration, in the order of [`map::ALL`].
+    pub fn all(datapath: &Datapath) -> [MapSpec; map::ALL.len()] {
+        [
+            MapSpec { max_entries: datapath.max_pods, ..pods() },
+            MapSpec { max_entries: datapath.max_prefixes, ..prefixes() },
+            MapSpec { max_entries: datapath.max_vteps, ..vteps() },
+            MapSpec { max_entries: datapath.max_sources, ..sources() },
+            addresses(),
+            egress(),
+            counters(),
+        ]
+    }
+}
+
+/// Paths of an instance.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    bpffs: PathBuf,
+    instance: String,
+}
+
+impl Pins {
+    /// Paths under `bpffs`; touches nothing.
+    pub fn new(bpffs: &Path, instance: &str) -> Self {
+        Self { bpffs: bpffs.to_owned(), instance: instance.to_owned() }
+    }
+
+    /// Name of the instance.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
+    /// Directory of the instance, all ABI versions.
+    pub fn directory(&self) -> PathBuf {
+        self.bpffs.join("gateway").join(&self.instance)
+    }
+
+    fn version(&self) -> PathBuf {
+        self.directory().join(format!("v{VERSION}"))
+    }
+
+    /// Path of a map.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.version().join("maps").join(name)
+    }
+
+    /// Directory of the links.
+    pub fn links(&self) -> PathBuf {
+        self.version().join("links")
+    }
+
+    /// Path of the link of an interface.
+    pub fn link(&self, interface: &str) -> PathBuf {
+        // bpffs refuses dots in names; interface names may have them, but no `%`-escapes of their own.
+        self.links().join(interface.replace('%', "%25").replace('.', "%2e"))
+    }
+
+    /// Interfaces that have a pinned link.
+    pub fn linked_interfaces(&self) -> Result<Vec<String>, PinError> {
+        let directory = self.links();
+        let fault = |source| PinError::Io { verb: "list", path: directory.clone(), source };
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(fault(error)),
+        };
+        let mut names = entries
+            .map(|entry| Ok(entry.map_err(fault)?.file_name().to_string_lossy().replace("%2e", ".").replace("%25", "%")))
+            .collect::<Result<Vec<_>, PinError>>()?;
+        names.sort();
+        Ok(names)
+    }
+
+    /// Makes the directories, and mounts the bpffs if nobody did.
+    pub fn prepare(&self) -> Result<(), PinError> {
+        let bpffs = &self.bpffs;
+        make_directory(bpffs)?;
+        let found = statfs(bpffs).map_err(|error| PinError::Io {
+            verb: "look at",
+            path: bpffs.clone(),
+            source: error.into(),
+        })?;
+        if found.filesystem_type() != BPF_FS_MAGIC {
+            mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(|error| PinError::Io {
+                verb: "mount a bpffs on",
+                path: bpffs.clone(),
+                source: error.into(),
+            })?;
+        }
+        make_directory(&self.version().join("maps"))?;
+        make_directory(&self.links())
+    }
+
+    /// Compares every pinned map that is there with what is expected.
+    ///
+    /// # Errors
+    ///
+    /// The first pin that differs, with the remedy.
+    pub fn check(&self, specs: &[MapSpec]) -> Result<(), PinError> {
+        for spec in specs {
+            let path = self.map(spec.name);
+            if path.exists() {
+                let info = MapInfo::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
+                compare(&path, &info, spec)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a pinned map after comparing it; its capacity may be any.
+    pub(super) fn open_map(&self, spec: &MapSpec) -> Result<MapData, PinError> {
+        let path = self.map(spec.name);
+        let data = MapData::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
+        let info = data.info().map_err(|source| PinError::Map { path: path.clone(), source })?;
+        compare(&path, &info, &MapSpec { max_entries: info.max_entries(), ..*spec })?;
+        Ok(data)
+    }
+
+    /// Removes every pin of the instance, of all ABI versions. Links that lose their pin detach.
+    ///
+    /// # Errors
+    ///
+    /// The first file that cannot be removed.
+    pub fn remove(&self) -> Result<bool, PinError> {
+        remove_tree(&self.directory())
+    }
+}
+
+fn compare(path: &Path, info: &MapInfo, spec: &MapSpec) -> Result<(), PinError> {
+    let found = Shape {
+        kind: info.map_type().ok(),
+        key_size: info.key_size(),
+        value_size: info.value_size(),
+        flags: info.map_flags(),
+        max_entries: info.max_entries(),
+    };
+    let expected = spec.shape();
+    if found == expected {
+        Ok(())
+    } else {
+        Err(PinError::Mismatch { path: path.to_owned(), found, expected })
+    }
+}
+
+fn make_directory(path: &Path) -> Result<(), PinError> {
+    fs::create_dir_all(path).map_err(|source| PinError::Io { verb: "create", path: path.to_owned(), source })
+}
+
+/// Removes links before maps (`links` sorts before `maps`): no packet meets a program without its tables.
+fn remove_tree(directory: &Path) -> Result<bool, PinError> {
+    let fault = |verb, path: &Path, source| PinError::Io { verb, path: path.to_owned(), source };
+    let mut entries = match fs::read_dir(directory) {
+        Ok(entries) => entries.collect::<Result<Vec<_>, _>>().map_err(|error| fault("list", directory, error))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(fault("list", directory, error)),
+    };
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let path = entry.path();
+        if entry.file_type().map_err(|error| fault("look at", &path, error))?.is_dir() {
+            remove_tree(&path)?;
+        } else {
+            fs::remove_file(&path).map_err(|error| fault("remove", &path, error))?;
+        }
+    }
+    fs::remove_dir(directory).map_err(|error| fault("remove", directory, error))?;
+    Ok(true)
+}
+
+/// Directory of an instance's runtime files.
+pub fn run_directory(instance: &str) -> PathBuf {
+    Path::new(RUN_DIRECTORY).join(instance)
+}
+
+/// The right to change an instance. Released when dropped, and by the kernel when the process ends.
+#[derive(Debug)]
+pub struct InstanceLock {
+    _file: Flock<File>,
+}
+
+impl InstanceLock {
+    /// Takes the lock.
+    ///
+    /// # Errors
+    ///
+    /// [`PinError::Locked`] if another process has it.
+    pub fn take(instance: &str) -> Result<Self, PinError> {
+        let directory = run_directory(instance);
+        make_directory(&directory)?;
+        let path = directory.join("lock");
+        let fault = |verb, source: io::Error| PinError::Io { verb, path: path.clone(), source };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|error| fault("open", error))?;
+        let mut file = file;
+        for _ in 0..ATTEMPTS {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(mut locked) => {
+                    locked.set_len(0).map_err(|error| fault("write to", error))?;
+                    locked.rewind().map_err(|error| fault("write to", error))?;
+                    writeln!(locked, "{}", std::process::id()).map_err(|error| fault("write to", error))?;
+                    return Ok(Self { _file: locked });
+                }
+                Err((busy, Errno::EWOULDBLOCK)) => file = busy,
+                Err((_, error)) => return Err(fault("lock", error.into())),
+            }
+            thread::sleep(ATTEMPT_PAUSE);
+        }
+        let mut text = String::new();
+        let holder = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+        Err(PinError::Locked { instance: instance.to_owned(), holder })
+    }
+
+    /// Whether a process has the lock.
+    ///
+    /// # Errors
+    ///
+    /// The lock file is there but cannot be tried.
+    pub fn is_held(instance: &str) -> Result<bool, PinError> {
+        let path = run_directory(instance).join("lock");
+        let fault = |verb, source: io::Error| PinError::Io { verb, path: path.clone(), source };
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(fault("open", error)),
+        };
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(_) => Ok(false),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(true),
+            Err((_, error)) => Err(fault("try the lock", error.into())),
+        }
+    }
+}

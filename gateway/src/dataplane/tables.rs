@@ -1,0 +1,186 @@
+//! Typed handles to the pinned maps.
+//!
+//! A handle is opened from its pin, so `show` reads tables while no daemon runs. Opening compares the map with what
+//! these types expect: the kernel copies as many bytes as the map says, whatever the types here are.
+
+use std::{collections::BTreeMap, io};
+
+use aya::maps::{self, MapData, PerCpuArray};
+use bytemuck::Pod;
+use gateway_common::{
+    abi::{
+        Counter, Egress, LocalAddress, Outcome, OutcomeInfo, OverlayAddress, PrefixKey, Route, Vtep, map,
+    },
+    wire::Ipv4,
+};
+
+use super::{
+    batch,
+    pins::{MapSpec, PinError, Pins, spec},
+};
+
+/// Key of the prefix trie as the kernel has it (`struct bpf_lpm_trie_key`): length in bits, then data.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct TrieKey {
+    /// Prefix length in bits, counted from the first bit of `data`; host byte order.
+    pub length: u32,
+    /// Overlay and network address.
+    pub data: PrefixKey,
+}
+
+/// A table could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {verb} table {table}: {source}{}", advice(source))]
+pub struct TableError {
+    /// `read`, `write to` or `delete from`.
+    verb: &'static str,
+    /// Name of the map.
+    table: &'static str,
+    /// What the kernel said.
+    source: io::Error,
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::E2BIG | libc::ENOSPC) => " (the table is full: raise its size under [datapath] in the configuration)",
+        Some(libc::EPERM) => " (root, or CAP_BPF and CAP_NET_ADMIN, is needed)",
+        _ => "",
+    }
+}
+
+/// A table of `V` by `K`.
+#[derive(Debug)]
+pub struct Table<K, V> {
+    name: &'static str,
+    capacity: u32,
+    map: batch::Map<K, V>,
+}
+
+impl<K: Pod + Ord, V: Pod> Table<K, V> {
+    fn open(pins: &Pins, spec: &MapSpec) -> Result<Self, PinError> {
+        let path = pins.map(spec.name);
+        let data = pins.open_map(spec)?;
+        let capacity =
+            data.info().map_err(|source| PinError::Map { path: path.clone(), source })?.max_entries();
+        let map = batch::Map::new(data).map_err(|source| PinError::Io { verb: "use", path, source })?;
+        Ok(Self { name: spec.name, capacity, map })
+    }
+
+    /// Name of the map.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// How many entries it can hold.
+    pub fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// All entries. For arrays this includes those that were never written.
+    pub fn read(&self) -> Result<BTreeMap<K, V>, TableError> {
+        let entries = self.map.read().map_err(|source| self.error("read", source))?;
+        Ok(entries.into_iter().collect())
+    }
+
+    /// Writes entries, in order; each is replaced whole.
+    ///
+    /// # Errors
+    ///
+    /// How many entries were written, and why the next one was not.
+    pub fn write(&self, entries: &[(K, V)]) -> Result<(), (usize, TableError)> {
+        self.map.update(entries).map_err(|(done, source)| (done, self.error("write to", source)))
+    }
+
+    /// Deletes entries; absent ones are no error.
+    ///
+    /// # Errors
+    ///
+    /// How many entries were deleted, and why the next one was not.
+    pub fn delete(&self, keys: &[K]) -> Result<(), (usize, TableError)> {
+        self.map.delete(keys).map_err(|(done, source)| (done, self.error("delete from", source)))
+    }
+
+    fn error(&self, verb: &'static str, source: io::Error) -> TableError {
+        TableError { verb, table: self.name, source }
+    }
+}
+
+/// The counter table.
+pub struct Counters {
+    map: PerCpuArray<MapData, Counter>,
+}
+
+impl Counters {
+    fn open(pins: &Pins) -> Result<Self, PinError> {
+        let spec = spec::counters();
+        let data = pins.open_map(&spec)?;
+        let map = maps::Map::from_map_data(data)
+            .and_then(PerCpuArray::try_from)
+            .map_err(|source| PinError::Map { path: pins.map(spec.name), source })?;
+        Ok(Self { map })
+    }
+
+    /// Every outcome with its counter, summed over all CPUs; by outcome number.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel said.
+    pub fn read(&self) -> Result<Vec<(&'static OutcomeInfo, Counter)>, TableError> {
+        Outcome::TABLE
+            .iter()
+            .map(|info| {
+                let cpus = self.map.get(&info.outcome.number(), 0).map_err(|error| TableError {
+                    verb: "read",
+                    table: map::COUNTERS,
+                    source: io::Error::other(error),
+                })?;
+                let mut sum = Counter::default();
+                for cpu in cpus.iter() {
+                    sum.packets = sum.packets.wrapping_add(cpu.packets);
+                    sum.bytes = sum.bytes.wrapping_add(cpu.bytes);
+                }
+                Ok((info, sum))
+            })
+            .collect()
+    }
+}
+
+/// Every table of an instance.
+pub struct Tables {
+    /// Exact pods.
+    pub pods: Table<OverlayAddress, Route>,
+    /// Pod CIDRs.
+    pub prefixes: Table<TrieKey, Route>,
+    /// VTEPs by id.
+    pub vteps: Table<u32, Vtep>,
+    /// Outer sources.
+    pub sources: Table<OverlayAddress, Route>,
+    /// Addresses of this host.
+    pub addresses: Table<Ipv4, LocalAddress>,
+    /// Ways out, by interface index.
+    pub egress: Table<u32, Egress>,
+    /// Outcomes.
+    pub counters: Counters,
+}
+
+impl Tables {
+    /// Opens the pinned tables, whatever their capacities are.
+    ///
+    /// # Errors
+    ///
+    /// A pin is absent, or is not what is expected there.
+    pub fn open(pins: &Pins) -> Result<Self, PinError> {
+        Ok(Self {
+            pods: Table::open(pins, &spec::pods())?,
+            prefixes: Table::open(pins, &spec::prefixes())?,
+            vteps: Table::open(pins, &spec::vteps())?,
+            sources: Table::open(pins, &spec::sources())?,
+            addresses: Table::open(pins, &spec::addresses())?,
+            egress: Table::open(pins, &spec::egress())?,
+            counters: Counters::open(pins)?,
+        })
+    }
+}
+
+const _: () = assert!(size_of::<TrieKey>() == 12);

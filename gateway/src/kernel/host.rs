@@ -1,0 +1,294 @@
+//! Links and addresses of this host.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+};
+
+use futures::TryStreamExt as _;
+use gateway_common::{
+    abi::{Egress, LocalAddress, Roles},
+    wire::{Ipv4, Mac},
+};
+use rtnetlink::{
+    Handle,
+    packet_route::{
+        AddressFamily,
+        address::{AddressAttribute, AddressMessage},
+        link::{
+            InfoData, InfoKind, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+            XdpAttached,
+        },
+    },
+};
+
+use super::netlink::NetlinkError;
+use crate::config::Config;
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// Its Ethernet address; `None` for devices without one.
+    pub mac: Option<Mac>,
+    /// Largest IP packet, bytes.
+    pub mtu: u32,
+    /// Administratively up.
+    pub up: bool,
+    /// What it is.
+    pub kind: Kind,
+    /// XDP program on it.
+    pub xdp: XdpState,
+}
+
+/// What a network device is, as far as it matters here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// 802.1Q device on another one.
+    Vlan {
+        /// Index of the device below.
+        parent: u32,
+        /// VLAN id.
+        id: u16,
+    },
+    /// VXLAN tunnel.
+    Vxlan(Vxlan),
+    /// Anything else.
+    Other,
+}
+
+/// Settings of a kernel VXLAN device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Vxlan {
+    /// Network identifier; 0 with `metadata`.
+    pub vni: u32,
+    /// UDP destination port.
+    pub port: u16,
+    /// Outer source address.
+    pub local: Option<Ipv4Addr>,
+    /// Learns from what it receives.
+    pub learning: bool,
+    /// Takes every VNI (`external`, Cilium's way).
+    pub metadata: bool,
+}
+
+/// How an XDP program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttachMode {
+    /// In the driver.
+    Driver,
+    /// In the kernel's generic hook.
+    Generic,
+    /// In the network card.
+    Hardware,
+    /// Several at once.
+    Multiple,
+}
+
+impl AttachMode {
+    /// Lower-case name.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Driver => "driver",
+            Self::Generic => "generic",
+            Self::Hardware => "hardware",
+            Self::Multiple => "multiple",
+        }
+    }
+}
+
+/// XDP state of a link, as the kernel tells it (`IFLA_XDP`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct XdpState {
+    /// Id of the program.
+    pub program: Option<u32>,
+    /// Where it runs.
+    pub mode: Option<AttachMode>,
+}
+
+/// Everything of the host that the tables depend on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// Devices by index.
+    pub links: BTreeMap<u32, Link>,
+    /// IPv4 addresses and the device that has them.
+    pub addresses: BTreeSet<(Ipv4Addr, u32)>,
+}
+
+impl Host {
+    /// Reads links and addresses.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not answer.
+    pub async fn read(handle: &Handle) -> Result<Self, NetlinkError> {
+        let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(NetlinkError::new("list links"))?;
+        let addresses: Vec<_> =
+            handle.address().get().execute().try_collect().await.map_err(NetlinkError::new("list addresses"))?;
+        Ok(Self {
+            links: links.iter().filter_map(link).map(|link| (link.index, link)).collect(),
+            addresses: addresses.iter().filter_map(address).collect(),
+        })
+    }
+
+    /// The device of that name.
+    pub fn by_name(&self, name: &str) -> Option<&Link> {
+        self.links.values().find(|link| link.name == name)
+    }
+
+    /// How frames leave by a device: through itself, or tagged through the device below.
+    pub fn port<'a>(&'a self, link: &'a Link) -> Option<(&'a Link, Option<u16>)> {
+        match &link.kind {
+            Kind::Vlan { parent, id } => Some((self.links.get(parent)?, Some(*id))),
+            _ => Some((link, None)),
+        }
+    }
+
+    /// Roles of a device by the configuration; those of a VLAN device are configured on the device below.
+    pub fn roles(&self, config: &Config, link: &Link) -> Roles {
+        let Some((port, vlan)) = self.port(link) else { return Roles::NONE };
+        config
+            .interfaces
+            .iter()
+            .filter(|interface| interface.name == port.name && interface.vlan == vlan)
+            .fold(Roles::NONE, |roles, interface| roles.with(interface.roles))
+    }
+
+    /// Goal of the address table: what the kernel owns, and our addresses in the overlays.
+    pub fn address_table(&self, config: &Config) -> BTreeMap<Ipv4, LocalAddress> {
+        let mut table: BTreeMap<Ipv4, LocalAddress> = BTreeMap::new();
+        for (address, ifindex) in &self.addresses {
+            table.insert((*address).into(), LocalAddress { kind: LocalAddress::KERNEL, ifindex: *ifindex });
+        }
+        for overlay in &config.overlays {
+            table.entry(overlay.address.into()).or_default().kind |= LocalAddress::OVERLAY;
+        }
+        table
+    }
+
+    /// Goal of the table of ways out: devices with clients, and the tunnel devices among `tunnels`.
+    pub fn egress_table(&self, config: &Config, tunnels: impl Fn(&str) -> bool) -> BTreeMap<u32, Egress> {
+        self.links
+            .values()
+            .filter_map(|link| {
+                if tunnels(&link.name) {
+                    return Some((link.index, Egress { ifindex: link.index, vlan: 0, kind: Egress::TUNNEL }));
+                }
+                let (port, vlan) = self.port(link)?;
+                let external = self.roles(config, link).has(Roles::EXTERNAL);
+                external.then_some((
+                    link.index,
+                    Egress { ifindex: port.index, vlan: vlan.unwrap_or(0), kind: Egress::EXTERNAL },
+                ))
+            })
+            .collect()
+    }
+}
+
+fn link(message: &LinkMessage) -> Option<Link> {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        kind: Kind::Other,
+        xdp: XdpState::default(),
+    };
+    let mut parent = 0;
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(octets) => link.mac = octets.as_slice().try_into().ok().map(Mac::new),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Link(index) => parent = *index,
+            LinkAttribute::LinkInfo(infos) => link.kind = kind(infos),
+            LinkAttribute::Xdp(attributes) => link.xdp = xdp(attributes),
+            _ => {}
+        }
+    }
+    if let Kind::Vlan { parent: below, .. } = &mut link.kind {
+        *below = parent;
+    }
+    (!link.name.is_empty()).then_some(link)
+}
+
+fn kind(infos: &[LinkInfo]) -> Kind {
+    let data = infos.iter().find_map(|info| match info {
+        LinkInfo::Data(data) => Some(data),
+        _ => None,
+    });
+    let name = infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind),
+        _ => None,
+    });
+    match (name, data) {
+        (Some(InfoKind::Vlan), Some(InfoData::Vlan(attributes))) => attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                InfoVlan::Id(id) => Some(Kind::Vlan { parent: 0, id: *id }),
+                _ => None,
+            })
+            .unwrap_or(Kind::Other),
+        (Some(InfoKind::Vxlan), Some(InfoData::Vxlan(attributes))) => Kind::Vxlan(vxlan(attributes)),
+        _ => Kind::Other,
+    }
+}
+
+fn vxlan(attributes: &[InfoVxlan]) -> Vxlan {
+    let mut vxlan = Vxlan::default();
+    for attribute in attributes {
+        match attribute {
+            InfoVxlan::Id(vni) => vxlan.vni = *vni,
+            InfoVxlan::Port(port) => vxlan.port = *port,
+            InfoVxlan::Local(local) => vxlan.local = Some(*local),
+            InfoVxlan::Learning(learning) => vxlan.learning = *learning,
+            InfoVxlan::CollectMetadata(metadata) => vxlan.metadata = *metadata,
+            _ => {}
+        }
+    }
+    vxlan
+}
+
+fn xdp(attributes: &[LinkXdp]) -> XdpState {
+    let mut state = XdpState::default();
+    for attribute in attributes {
+        match attribute {
+            LinkXdp::Attached(mode) => {
+                state.mode = match mode {
+                    XdpAttached::Driver => Some(AttachMode::Driver),
+                    XdpAttached::SocketBuffer => Some(AttachMode::Generic),
+                    XdpAttached::Hardware => Some(AttachMode::Hardware),
+                    XdpAttached::Multiple => Some(AttachMode::Multiple),
+                    _ => None,
+                };
+            }
+            LinkXdp::ProgId(id) => state.program = Some(*id),
+            // With several programs the kernel gives no `ProgId`.
+            LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) => {
+                state.program.get_or_insert(*id);
+            }
+            _ => {}
+        }
+    }
+    state
+}
+
+fn address(message: &AddressMessage) -> Option<(Ipv4Addr, u32)> {
+    if message.header.family != AddressFamily::Inet {
+        return None;
+    }
+    // On point-to-point links `Address` is the peer's.
+    let find = |local: bool| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Local(IpAddr::V4(address)) if local => Some(*address),
+            AddressAttribute::Address(IpAddr::V4(address)) if !local => Some(*address),
+            _ => None,
+        })
+    };
+    Some((find(true).or_else(|| find(false))?, message.header.index))
+}

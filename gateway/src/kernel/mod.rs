@@ -1,0 +1,26 @@
+//! This host's network, by rtnetlink.
+//!
+//! - [`netlink`]: connections, and the stream of events with resynchronisation.
+//! - [`host`]: links and addresses as they are.
+//! - [`underlay`]: next hops towards tunnel endpoints, resolved ahead of traffic and followed.
+//! - [`device`]: the kernel's tunnel device, the slow path.
+
+pub mod device;
+pub mod host;
+pub mod netlink;
+pub mod underlay;
+
+use std::net::Ipv4Addr;
+
+use rtnetlink::packet_route::route::{RouteAddress, RouteProtocol};
+
+/// Mark of routes and neighbours that this gateway made (`rtm_protocol`; `ip route` shows it as `proto 103`). Free
+/// in iproute2's list of protocols.
+pub const PROTOCOL: RouteProtocol = RouteProtocol::Other(103);
+
+fn ipv4(address: &RouteAddress) -> Option<Ipv4Addr> {
+    match address {
+        RouteAddress::Inet(address) => Some(*address),
+        _ => None,
+    }
+}
