@@ -127,9 +127,10 @@ fn find_linker(workspace: &Path) -> Result<PathBuf, String> {
             .output()
             .map_err(|error| format!("{} does not run: {error}", path.display()))?;
         let text = String::from_utf8_lossy(&output.stdout);
-        match text.trim().strip_prefix("bpf-linker ") {
+        let version = text.lines().next().unwrap_or_default().trim();
+        match version.strip_prefix("bpf-linker ") {
             Some(found) if found == wanted => Ok(()),
-            _ => Err(format!("{} is {:?}, not bpf-linker {wanted}", path.display(), text.trim())),
+            _ => Err(format!("{} is {version:?}, not bpf-linker {wanted}", path.display())),
         }
     };
 

@@ -64,7 +64,10 @@ pub(crate) fn run(needs: &[Need]) -> Result<()> {
     fs::create_dir_all(&tools).with_context(|| format!("cannot create {}", tools.display()))?;
     let lock_path = tools.join("setup.lock");
     let lock = File::create(&lock_path).with_context(|| format!("cannot create {}", lock_path.display()))?;
-    lock.lock().with_context(|| format!("cannot lock {}", lock_path.display()))?;
+    if lock.try_lock().is_err() {
+        eprintln!("setup: waiting for another one that is at work");
+        lock.lock().with_context(|| format!("cannot lock {}", lock_path.display()))?;
+    }
 
     // Another set-up may have done it while this one waited for the lock.
     let mut failures = Vec::new();
