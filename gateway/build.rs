@@ -39,7 +39,8 @@ impl Profile {
         match env::var(Self::VARIABLE).as_deref() {
             Err(env::VarError::NotPresent) | Ok("" | "fast") => Ok(Self::Fast),
             Ok("portable") => Ok(Self::Portable),
-            other => Err(format!("{} is {other:?}: use \"fast\" or \"portable\"", Self::VARIABLE)),
+            Ok(other) => Err(format!("{} is {other:?}: use \"fast\" or \"portable\"", Self::VARIABLE)),
+            Err(error) => Err(format!("{}: {error}: use \"fast\" or \"portable\"", Self::VARIABLE)),
         }
     }
 
