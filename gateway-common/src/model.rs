@@ -1,7 +1,7 @@
 //! Frame and tables of the host: the engine runs on them under `cargo test`, and program tests compare the loaded
 //! object with them.
 
-use std::{cell::RefCell, collections::BTreeMap};
+use std::{cell::{Cell, RefCell}, collections::BTreeMap};
 
 use crate::{
     abi::{Config, Counter, Egress, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep},
@@ -65,6 +65,13 @@ impl Frame for HostFrame {
             _ => false,
         }
     }
+
+    fn truncate(&mut self, len: u32) -> bool {
+        let end = self.start + len as usize;
+        let possible = end <= self.buffer.len();
+        self.buffer.truncate(end);
+        possible
+    }
 }
 
 /// Tables in ordinary maps.
@@ -86,6 +93,8 @@ pub struct HostTables {
     pub egress: BTreeMap<u32, Egress>,
     /// The FIB's answers by destination; all others are not forwarded.
     pub fib: BTreeMap<Ipv4, FibEntry>,
+    /// How many more ICMP errors may be sent.
+    pub icmp_allowance: Cell<u32>,
     /// What was counted.
     pub counters: RefCell<BTreeMap<u32, Counter>>,
 }
@@ -147,6 +156,12 @@ impl Tables for HostTables {
 
     fn egress(&self, ifindex: u32) -> Option<Egress> {
         self.egress.get(&ifindex).copied()
+    }
+
+    fn may_answer(&self) -> bool {
+        let allowance = self.icmp_allowance.get();
+        self.icmp_allowance.set(allowance.saturating_sub(1));
+        allowance > 0
     }
 
     fn fib(&self, query: &FibQuery) -> Fib {

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::generated::{bpf_xdp_adjust_head, bpf_xdp_get_buff_len},
+    helpers::generated::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
     programs::XdpContext,
 };
 use gateway_common::{engine::Frame, wire::Wire};
@@ -61,6 +61,17 @@ impl Frame for XdpFrame<'_> {
         let done = unsafe { bpf_xdp_adjust_head(self.context.as_ptr().cast(), by.wrapping_neg()) } == 0;
         if done {
             self.len = self.len.wrapping_add_signed(by);
+        }
+        done
+    }
+
+    #[inline(always)]
+    fn truncate(&mut self, len: u32) -> bool {
+        let by = (len as i32).wrapping_sub(self.len as i32);
+        // SAFETY: as in `grow_front`. A jumbo frame loses whole fragments.
+        let done = unsafe { bpf_xdp_adjust_tail(self.context.as_ptr().cast(), by) } == 0;
+        if done {
+            self.len = len;
         }
         done
     }

@@ -9,7 +9,7 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters,
     },
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie},
-    helpers::generated::{bpf_fib_lookup, bpf_redirect},
+    helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_redirect},
     macros::btf_map,
     programs::XdpContext,
 };
@@ -34,6 +34,23 @@ static ADDRESSES: HashMap<Ipv4, LocalAddress, 4096> = HashMap::new();
 static EGRESS: HashMap<u32, Egress, 256> = HashMap::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, { OUTCOME_CAPACITY as usize }> = PerCpuArray::new();
+
+/// Allowance of ICMP errors of a CPU.
+#[repr(C)]
+struct Allowance {
+    /// Errors that may still be sent in this period.
+    left: u32,
+    pad: u32,
+    /// Coarse time at which the period began, nanoseconds.
+    since: u64,
+}
+
+/// Errors that a CPU may send in a period; Linux' own default is 1,000 a second for the whole host.
+const ALLOWANCE: u32 = 100;
+const PERIOD: u64 = 100_000_000;
+
+#[btf_map]
+static ICMP_LIMIT: PerCpuArray<Allowance, 1> = PerCpuArray::new();
 
 /// Constants in `.rodata`, replaced by the loader. The cell keeps the compiler from using the initial value; the
 /// verifier, which sees the final one in a frozen map, folds it.
@@ -137,6 +154,26 @@ impl Tables for KernelTables<'_> {
     fn egress(&self, ifindex: u32) -> Option<Egress> {
         // SAFETY: as in `pod`.
         unsafe { EGRESS.get(&ifindex).copied() }
+    }
+
+    #[inline(always)]
+    fn may_answer(&self) -> bool {
+        let Some(allowance) = ICMP_LIMIT.get_ptr_mut(0) else {
+            return false;
+        };
+        // SAFETY: the slot belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
+        let allowance = unsafe { &mut *allowance };
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_ktime_get_coarse_ns() };
+        if now.wrapping_sub(allowance.since) >= PERIOD {
+            allowance.since = now;
+            allowance.left = ALLOWANCE;
+        }
+        if allowance.left == 0 {
+            return false;
+        }
+        allowance.left -= 1;
+        true
     }
 
     #[inline(always)]

@@ -69,6 +69,8 @@ impl OverlayFlags {
     pub const ALLOW_GBP: Self = Self { bits: 2 };
     /// Outer DF is a copy of inner DF (without it the header template decides).
     pub const DF_INHERIT: Self = Self { bits: 4 };
+    /// TCP SYNs announce no larger segments than the path takes, in both directions.
+    pub const CLAMP_MSS: Self = Self { bits: 8 };
 
     /// Whether all of `other` is included.
     #[inline(always)]
@@ -114,6 +116,8 @@ pub struct Config {
     pub mac: Mac,
     /// Roles of untagged frames.
     pub roles: Roles,
+    /// IPv4 address of that interface, from which ICMP errors are sent; `0.0.0.0` leaves them to the kernel.
+    pub address: Ipv4,
     /// How many of `vlans` are used.
     pub vlan_count: u32,
     /// Roles of tagged frames.
@@ -136,5 +140,5 @@ impl Config {
 
 const _: () = {
     assert!(size_of::<Overlay>() == 28);
-    assert!(size_of::<Config>() == 16 + 4 * MAX_VLANS + 4 + 28 * MAX_OVERLAYS);
+    assert!(size_of::<Config>() == 20 + 4 * MAX_VLANS + 4 + 28 * MAX_OVERLAYS);
 };

@@ -112,6 +112,7 @@ outcomes! {
     4 DirectIn "direct_in" Forward Normal "Came from a pod on a directly reached node and was sent to the outside.";
     5 ArpReply "arp_reply" Forward Normal "ARP request from outside for a pod or its prefix, answered with this interface's MAC address.";
     6 ArpReplyTunnel "arp_reply_tunnel" Forward Normal "ARP request in the tunnel for an overlay address of the gateway, answered with the VTEP's MAC address.";
+    7 TooBigReply "too_big_reply" Forward Notice "Larger than the path to the pod takes, with DF: the client gets ICMP fragmentation needed.";
 
     // Passed to the kernel as they came.
     16 NoRole "no_role" Pass Normal "Arrived on an interface or VLAN without a role.";
@@ -120,7 +121,7 @@ outcomes! {
     19 NoRoute "no_route" Pass Normal "Destination is no pod: the gateway host itself, or somewhere the kernel routes.";
     20 TtlExpired "ttl_expired" Pass Notice "TTL ends at the gateway; the kernel answers with ICMP time exceeded.";
     21 IpOptions "ip_options" Pass Notice "IPv4 header with options; the kernel forwards it.";
-    22 Oversize "oversize" Pass Notice "Larger than the path to the pod takes; the kernel fragments it or answers with ICMP.";
+    22 Oversize "oversize" Pass Notice "Larger than the path to the pod takes, and may be fragmented: the kernel does it.";
     23 ArpOther "arp_other" Pass Normal "ARP that is not the gateway's to answer: replies, announcements, addresses that are no pod's.";
     24 ArpMalformed "arp_malformed" Pass Notice "ARP that is truncated, not for IPv4 over Ethernet, or from an impossible sender.";
     26 OutLocal "out_local" Pass Normal "From a pod to an address that the kernel delivers or rejects itself.";
@@ -139,6 +140,8 @@ outcomes! {
     66 ClientForeign "client_foreign" Drop Fault "Client outside the gateway's own subnet: the pod could not answer it without SNAT.";
     67 Ipv4Malformed "ipv4_malformed" Drop Suspect "IPv4 header that is truncated or contradicts the frame (RFC 1812 section 5.2.2).";
     68 ResizeFailed "resize_failed" Drop Fault "The frame could not be edited after it was resized; a defect of the driver or of this program.";
+    69 TooBigLimited "too_big_limited" Drop Notice "As too_big_reply, but the limit of ICMP errors per second was reached.";
+    70 TooBigSilent "too_big_silent" Drop Notice "Larger than the path takes, and an ICMP error or later fragment, about which no error is sent (RFC 1122 section 3.2.2).";
 
     // Dropped out of the tunnel.
     80 TunnelPortExternal "tunnel_port_external" Drop Suspect "Tunnel packet on an interface that is not underlay.";

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     abi::{LocalAddress, Outcome, Overlay, Roles, Route, VtepFlags},
     flow::Flow,
-    wire::{Be16, EtherType, Ethernet, Ipv4, Mac, TaggedEthernet, Wire},
+    wire::{Be16, EtherType, Ethernet, Ipv4, LinkHeader, Mac, TaggedEthernet, Wire},
 };
 
 const ETHERNET: Be16 = Be16::new(1);
@@ -111,25 +111,6 @@ fn is_pod<T: Tables>(tables: &T, target: Ipv4) -> bool {
         return false;
     }
     config.overlays().any(|(id, _)| tables.route(id, target).is_some())
-}
-
-/// A link header that starts with Ethernet addresses.
-trait LinkHeader: Wire {
-    fn addresses(&mut self) -> &mut Ethernet;
-}
-
-impl LinkHeader for Ethernet {
-    #[inline(always)]
-    fn addresses(&mut self) -> &mut Ethernet {
-        self
-    }
-}
-
-impl LinkHeader for TaggedEthernet {
-    #[inline(always)]
-    fn addresses(&mut self) -> &mut Ethernet {
-        &mut self.ethernet
-    }
 }
 
 #[repr(C)]

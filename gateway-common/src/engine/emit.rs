@@ -2,7 +2,7 @@
 
 use network_types::ip::Ipv4Hdr;
 
-use super::{Frame, Verdict};
+use super::{Frame, Verdict, mss::Clamp};
 use crate::{
     abi::{
         Config, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
@@ -93,12 +93,13 @@ pub(super) fn to_vtep<F: Frame>(
     space: u32,
     slot: &VtepSlot,
     outer: Outer,
+    clamp: Clamp,
 ) -> Verdict {
     let result = match slot.header_len {
-        HEADER_VXLAN => tunnelled::<F, { Ethernet::LEN }>(frame, link_len, space, slot, outer),
-        HEADER_VXLAN_TAGGED => tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer),
-        HEADER_DIRECT => direct::<F, { Ethernet::LEN }>(frame, link_len, slot),
-        HEADER_DIRECT_TAGGED => direct::<F, { TaggedEthernet::LEN }>(frame, link_len, slot),
+        HEADER_VXLAN => tunnelled::<F, { Ethernet::LEN }>(frame, link_len, space, slot, outer, clamp),
+        HEADER_VXLAN_TAGGED => tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer, clamp),
+        HEADER_DIRECT => direct::<F, { Ethernet::LEN }>(frame, link_len, slot, clamp),
+        HEADER_DIRECT_TAGGED => direct::<F, { TaggedEthernet::LEN }>(frame, link_len, slot, clamp),
         _ => Err(Verdict::drop(Outcome::VtepMissing)),
     };
     match result {
@@ -114,11 +115,13 @@ fn tunnelled<F: Frame, const L2: usize>(
     space: u32,
     slot: &VtepSlot,
     outer: Outer,
+    clamp: Clamp,
 ) -> Result<Outcome, Verdict> {
     let routed: &mut Routed<TunnelHeader<L2>> = resized(frame, link_len, TunnelHeader::<L2>::LEN)?;
     routed.front = *TunnelHeader::<L2>::template(slot);
     routed.front.patch(slot, space, outer);
     hop(&mut routed.ip);
+    clamp.apply(frame, TunnelHeader::<L2>::LEN).ok_or(Verdict::drop(Outcome::ResizeFailed))?;
     Ok(Outcome::Encap)
 }
 
@@ -127,10 +130,12 @@ fn direct<F: Frame, const L2: usize>(
     frame: &mut F,
     link_len: usize,
     slot: &VtepSlot,
+    clamp: Clamp,
 ) -> Result<Outcome, Verdict> {
     let routed: &mut Routed<[u8; L2]> = resized(frame, link_len, L2)?;
     routed.front = *view::prefix(&slot.header);
     hop(&mut routed.ip);
+    clamp.apply(frame, L2).ok_or(Verdict::drop(Outcome::ResizeFailed))?;
     Ok(Outcome::RouteDirect)
 }
 
@@ -143,6 +148,8 @@ pub(super) struct Outward {
     pub vlan: u16,
     /// New ECN bits, if they change.
     pub ecn: Option<u8>,
+    /// MSS option to lower.
+    pub clamp: Clamp,
 }
 
 /// Strips everything in front of the packet at `at`, and gives it a link header for the outside.
@@ -162,7 +169,8 @@ pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward) -
         set_ecn(ip, ecn);
     }
     hop(ip);
-    Ok(())
+    let ip = if outward.vlan == 0 { Ethernet::LEN } else { TaggedEthernet::LEN };
+    outward.clamp.apply(frame, ip).ok_or(Verdict::drop(Outcome::ResizeFailed))
 }
 
 /// Makes what stands in front of the IP packet `to` bytes long instead of `from`.

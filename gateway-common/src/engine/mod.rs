@@ -14,9 +14,11 @@ mod classify;
 mod emit;
 mod guard;
 mod ingress;
+mod mss;
 mod outward;
 mod pod;
 mod tables;
+mod too_big;
 mod verdict;
 
 pub use tables::{Fib, FibQuery, Frame, Tables};

@@ -4,6 +4,7 @@ use super::{
     Fib, FibQuery, Frame, Tables, Verdict,
     classify::Packet,
     emit::{self, Outward},
+    mss::Clamp,
 };
 use crate::{
     abi::{Egress, Outcome},
@@ -17,6 +18,7 @@ pub(super) fn route<F: Frame, T: Tables>(
     tables: &T,
     packet: Packet,
     ecn: Option<u8>,
+    clamp: Clamp,
     outcome: Outcome,
 ) -> Result<Verdict, Verdict> {
     if packet.has_options() {
@@ -50,6 +52,6 @@ pub(super) fn route<F: Frame, T: Tables>(
         return Err(Verdict::pass(Outcome::OutTtlExpired));
     }
     let link = Ethernet { dst: next_hop, src: source, kind: EtherType::IPV4 };
-    emit::to_outside(frame, packet.at, Outward { link, vlan: egress.vlan, ecn })?;
+    emit::to_outside(frame, packet.at, Outward { link, vlan: egress.vlan, ecn, clamp })?;
     Ok(Verdict::send(outcome, egress.ifindex, tables.config()))
 }

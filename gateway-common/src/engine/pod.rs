@@ -4,6 +4,8 @@ use super::{
     Frame, Tables, Verdict,
     classify::{ICMP, Link, Packet, SCTP, TCP, UDP},
     emit,
+    mss::{self, Clamp},
+    too_big,
 };
 use crate::{
     abi::{Outcome, OverlayFlags, VtepFlags},
@@ -47,11 +49,17 @@ pub(super) fn from_outside<F: Frame, T: Tables>(
             return Err(Verdict::drop(Outcome::VtepUnresolved));
         }
         if packet.space > u32::from(slot.mtu) {
-            return Err(Verdict::pass(Outcome::Oversize));
+            if packet.fragment & DONT_FRAGMENT == 0 {
+                return Err(Verdict::pass(Outcome::Oversize));
+            }
+            let mtu = slot.mtu;
+            return Err(too_big::answer(frame, tables, link, packet, mtu));
         }
+        let clamp =
+            if overlay.flags.has(OverlayFlags::CLAMP_MSS) { mss::find(frame, packet, slot.mtu) } else { Clamp::NONE };
         let copy_df = overlay.flags.has(OverlayFlags::DF_INHERIT) && packet.fragment & DONT_FRAGMENT != 0;
         let outer = emit::Outer { hash: flow(frame, packet).hash(), tos: packet.tos, dont_fragment: copy_df };
-        return Err(emit::to_vtep(frame, config, link.len, packet.space, slot, outer));
+        return Err(emit::to_vtep(frame, config, link.len, packet.space, slot, outer, clamp));
     }
     Ok(())
 }

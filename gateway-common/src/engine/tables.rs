@@ -27,6 +27,10 @@ pub trait Frame {
     /// unchanged then.
     #[must_use]
     fn grow_front(&mut self, by: i32) -> bool;
+
+    /// Cuts the frame to `len` bytes, which must not be more than it has; `false` if that is not possible.
+    #[must_use]
+    fn truncate(&mut self, len: u32) -> bool;
 }
 
 /// What the kernel's FIB is asked for a packet that leaves to the outside.
@@ -91,6 +95,9 @@ pub trait Tables {
 
     /// Asks the FIB, as if the packet had arrived on this interface.
     fn fib(&self, query: &FibQuery) -> Fib;
+
+    /// Whether one more ICMP error may be sent now; takes it from the allowance (RFC 1812 section 4.3.2.8).
+    fn may_answer(&self) -> bool;
 
     /// Where `address` is within `overlay`: the exact pod if there is one (cheap), else the longest prefix (dear).
     #[inline(always)]

@@ -83,6 +83,26 @@ impl TaggedEthernet {
     pub const LEN: usize = size_of::<Self>();
 }
 
+/// A link header that starts with Ethernet addresses.
+pub trait LinkHeader: Wire {
+    /// The header without its tag.
+    fn addresses(&mut self) -> &mut Ethernet;
+}
+
+impl LinkHeader for Ethernet {
+    #[inline(always)]
+    fn addresses(&mut self) -> &mut Ethernet {
+        self
+    }
+}
+
+impl LinkHeader for TaggedEthernet {
+    #[inline(always)]
+    fn addresses(&mut self) -> &mut Ethernet {
+        &mut self.ethernet
+    }
+}
+
 const _: () = {
     assert!(align_of::<TaggedEthernet>() == 1);
     assert!(Ethernet::LEN == 14 && Tag::LEN == 4 && TaggedEthernet::LEN == 18);

@@ -13,7 +13,7 @@ use core::fmt;
 use core::net::AddrParseError;
 
 use bytemuck::{Pod, Zeroable};
-pub use ethernet::{EtherType, Ethernet, Tag, TaggedEthernet};
+pub use ethernet::{EtherType, Ethernet, LinkHeader, Tag, TaggedEthernet};
 use network_types::{arp::ArpHdr, ip::Ipv4Hdr, udp::UdpHdr, vxlan::VxlanHdr};
 pub use stack::{EthernetIpv4, TunnelHeaders};
 

@@ -29,6 +29,8 @@ pub(super) const POD: [u8; 4] = [10, 244, 1, 2];
 pub(super) const UNLISTED_POD: [u8; 4] = [10, 244, 1, 200];
 pub(super) const OTHER_POD: [u8; 4] = [10, 244, 2, 2];
 pub(super) const OVERLAY_ADDRESS: [u8; 4] = [10, 244, 30, 0];
+/// Of the interface.
+pub(super) const ADDRESS: [u8; 4] = [10, 244, 30, 1];
 pub(super) const PORT: u16 = 8472;
 pub(super) const NODE_ID: u32 = 1;
 pub(super) const OTHER_ID: u32 = 2;
@@ -89,6 +91,7 @@ pub(super) fn gateway() -> HostTables {
     let mut config = Config::UNSET;
     config.ifindex = IFINDEX;
     config.mac = Mac::new(NIC);
+    config.address = Ipv4::new(ADDRESS);
     config.roles = Roles::BOTH;
     config.overlay_count = 1;
     config.overlays[0] = overlay;
@@ -113,6 +116,7 @@ pub(super) fn gateway() -> HostTables {
         .into(),
         egress: [(OUTSIDE, Egress { ifindex: OUTSIDE, vlan: 0, kind: Egress::EXTERNAL })].into(),
         fib: [(Ipv4::new(CLIENT), FibEntry { answer: outward, mtu: 1500 })].into(),
+        icmp_allowance: std::cell::Cell::new(u32::MAX),
         counters: std::cell::RefCell::default(),
     }
 }
