@@ -27,6 +27,7 @@ use super::{
     host::{Host, Role},
     manifest::{self, NodeFacts, PodFacts},
     netns::{self, Namespace},
+    pass,
     registry::{self, Claim},
     wiring::{self, End, Via, Vxlan},
 };
@@ -429,7 +430,10 @@ network = "{NETWORK}"
         )?;
         wiring::enslave(switch.namespace(), host.name(), SWITCH)?;
         host.offload(interface, &["tx", "off"])?;
-        switch.offload(host.name(), &["gro", "on"])
+        if host.role() == Role::Gateway {
+            pass::attach(switch.namespace(), host.name())?;
+        }
+        Ok(())
     }
 }
 

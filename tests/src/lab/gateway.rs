@@ -67,7 +67,7 @@ impl Gateway {
             shown.as_array().or_else(|| shown["counters"].as_array()).context("no list of counters")?;
         rows.iter()
             .map(|row| {
-                let label = row["label"].as_str().context("a counter without label")?;
+                let label = row["outcome"].as_str().context("a counter without a name")?;
                 let packets = row["packets"].as_u64().with_context(|| format!("{label} without packets"))?;
                 Ok((label.to_owned(), packets))
             })
@@ -128,8 +128,7 @@ pub fn attached(host: &Host, interface: &str) -> Result<bool> {
 pub fn command(program: &Path, config: &Path, verb: &[&str]) -> Result<Vec<String>> {
     let words = [program.to_str(), config.to_str()];
     let [Some(program), Some(config)] = words else { bail!("a path is not UTF-8: {words:?}") };
-    let mut command = vec![program.to_owned()];
-    command.extend(verb.iter().map(|word| (*word).to_owned()));
-    command.extend(["--config".to_owned(), config.to_owned()]);
-    Ok(command)
+    let (first, rest) = verb.split_first().context("a call of the gateway needs a verb")?;
+    let words = [&[program, first, "--config", config], rest].concat();
+    Ok(words.into_iter().map(str::to_owned).collect())
 }

@@ -224,7 +224,7 @@ fn index(name: &str) -> Result<u32> {
 }
 
 /// Runs one netlink conversation inside the namespace; `what` names it in errors.
-fn netlink<T: Send>(
+pub(super) fn netlink<T: Send>(
     namespace: &Namespace,
     what: &str,
     talk: impl AsyncFnOnce(Handle) -> Result<T> + Send,

@@ -10,6 +10,7 @@ use aya::{
     },
     programs::{TestRun as _, TestRunOptions, Xdp},
 };
+use gateway::dataplane::load::OBJECT;
 use gateway_common::{
     abi::{
         CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, Vtep, map,
@@ -73,7 +74,7 @@ impl Subject {
         for name in map::ALL.into_iter().filter(|name| *name != map::COUNTERS) {
             loader.map_max_entries(name, TABLE_SIZE);
         }
-        let mut ebpf = loader.load(&object()).expect("the object does not load; are you root?");
+        let mut ebpf = loader.load(OBJECT).expect("the object does not load; are you root?");
         let program: &mut Xdp = ebpf.program_mut(PROGRAM).unwrap().try_into().unwrap();
         program.load().unwrap();
         let mut subject = Self { ebpf };
@@ -166,9 +167,4 @@ impl Subject {
         let values = table.get(&number, 0).unwrap();
         values.iter().fold((0, 0), |(packets, bytes), value| (packets + value.packets, bytes + value.bytes))
     }
-}
-
-fn object() -> Vec<u8> {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/gateway.bpf.o");
-    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask build`", path.display()))
 }
