@@ -54,7 +54,7 @@ pub fn main() -> ExitCode {
         if is_closed_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("gateway: {error:#}");
+        eprintln!("gateway: {}", explain(&error));
         ExitCode::from(FAILED)
     })
 }
@@ -63,6 +63,14 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
         .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe))
+}
+
+/// The error and its causes, unless the text has them already.
+fn explain(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
+    })
 }
 
 /// An async runtime for verbs that talk netlink.

@@ -409,7 +409,7 @@ impl Daemon {
         self.problems.remove(&Part::Interfaces);
         for name in self.interface_names() {
             if let Err(error) = self.attach(&name) {
-                self.note_interface(format!("{error:#}"));
+                self.note_interface(error.to_string());
             }
         }
     }
