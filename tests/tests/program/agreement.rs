@@ -26,8 +26,8 @@ use crate::{
     rig,
     subject::{Counters, Returned, Subject},
     world::{
-        self, CILIUM, DIRECT, OTHER_PORT, PLAIN, TAGGED, VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE, VLAN_UNDERLAY, VNI_ZERO,
-        World, pod,
+        self, CILIUM, DIRECT, DIRECT_TAGGED, OTHER_PORT, PLAIN, TAGGED, VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE,
+        VLAN_UNDERLAY, VNI_ZERO, World, pod,
     },
 };
 
@@ -49,16 +49,18 @@ fn program_and_host_engine_agree() {
     let mut seen: BTreeMap<Outcome, u64> = BTreeMap::new();
     rig::inside(|ports| {
         let variants = variants(&World::new(ports));
-        let share = frames / u32::try_from(variants.len()).unwrap();
         let mut random = SmallRng::seed_from_u64(seed);
-        for (name, world) in &variants {
-            compare(name, world, share, &mut random, &mut seen);
+        for (name, percent, world) in &variants {
+            compare(name, world, frames / 100 * percent, &mut random, &mut seen);
         }
+        let percents: u32 = variants.iter().map(|(_, percent, _)| percent).sum();
+        assert_eq!(percents, 100);
     });
     println!("{frames} frames agree, in {:.1} s: {seen:?}", start.elapsed().as_secs_f64());
     // A generator that makes nothing but noise would prove nothing.
-    let forwarded: u64 = seen.iter().filter(|(outcome, _)| class(**outcome) == Class::Forward).map(|(_, n)| n).sum();
-    assert!(forwarded > u64::from(frames) / 5, "only {forwarded} of {frames} frames were forwarded");
+    let forwarded: u64 =
+        seen.iter().filter(|(outcome, _)| class(**outcome) == Class::Forward).map(|(_, n)| n).sum();
+    assert!(forwarded > u64::from(frames) / 6, "only {forwarded} of {frames} frames were forwarded");
     let missing: Vec<Outcome> =
         Outcome::TABLE.iter().map(|row| row.outcome).filter(|outcome| !seen.contains_key(outcome)).collect();
     assert!(missing.len() <= 4, "the random frames never ended in {missing:?}");
@@ -68,19 +70,21 @@ fn class(outcome: Outcome) -> Class {
     Outcome::by_number(outcome.number()).unwrap().class
 }
 
-/// The same tables under different constants: the verifier removes other code for each.
-fn variants(world: &World) -> Vec<(&'static str, World)> {
+/// The same tables under different constants, because the verifier removes other code for each; and percentages of the
+/// frames. Where a role is missing, most frames just pass.
+fn variants(world: &World) -> Vec<(&'static str, u32, World)> {
     let with = |change: fn(&mut World)| {
         let mut changed = world.clone();
         change(&mut changed);
         changed
     };
     vec![
-        ("one-armed", world.clone()),
-        ("underlay-only", with(|w| w.tables.config.roles = Roles::UNDERLAY)),
-        ("external-only", with(|w| w.tables.config.roles = Roles::EXTERNAL)),
+        ("one-armed", 60, world.clone()),
+        ("underlay-only", 10, with(|w| w.tables.config.roles = Roles::UNDERLAY)),
+        ("external-only", 10, with(|w| w.tables.config.roles = Roles::EXTERNAL)),
         (
             "one-overlay",
+            10,
             with(|w| {
                 w.tables.config.overlay_count = 1;
                 w.tables.config.vlan_count = 0;
@@ -88,6 +92,7 @@ fn variants(world: &World) -> Vec<(&'static str, World)> {
         ),
         (
             "all-vlans-no-checks",
+            10,
             with(|w| {
                 w.tables.config.vlan_count = u32::try_from(MAX_VLANS).unwrap();
                 for overlay in &mut w.tables.config.overlays {
@@ -98,13 +103,7 @@ fn variants(world: &World) -> Vec<(&'static str, World)> {
     ]
 }
 
-fn compare(
-    name: &str,
-    world: &World,
-    frames: u32,
-    random: &mut SmallRng,
-    seen: &mut BTreeMap<Outcome, u64>,
-) {
+fn compare(name: &str, world: &World, frames: u32, random: &mut SmallRng, seen: &mut BTreeMap<Outcome, u64>) {
     let subject = Subject::load(&world.tables);
     let mut faults = Vec::new();
     // Each frame is looked up under the outcome that the engine gives it; nothing may be counted elsewhere.
@@ -147,14 +146,14 @@ fn returned_for(verdict: Verdict) -> Returned {
 
 fn random_frame(world: &World, random: &mut SmallRng) -> Vec<u8> {
     let mut frame = match random.random_range(0..20) {
-        0..7 => from_client(world, random),
-        7..14 => from_node(world, random),
+        0..6 => from_client(world, random),
+        6..14 => from_node(world, random),
         14 => direct_return(world, random),
         15..17 => arp(world, random),
         17..19 => arp_in_tunnel(world, random),
         _ => noise(world, random),
     };
-    if random.random_bool(0.6) {
+    if random.random_bool(0.3) {
         for _ in 0..random.random_range(1..4) {
             mutate(&mut frame, random);
         }
@@ -167,11 +166,16 @@ fn pick<T: Copy>(choices: &[T], random: &mut SmallRng) -> T {
     *choices.choose(random).expect("there is a choice")
 }
 
-const DESTINATIONS: [Address; 15] = [
+const DESTINATIONS: [Address; 20] = [
+    rig::CLIENT,
+    rig::CLIENT,
     rig::CLIENT,
     rig::CLIENT,
     rig::CLIENT,
     rig::CLIENT_SAME_PORT,
+    rig::CLIENT_SAME_PORT,
+    rig::CLIENT_IN_VLAN,
+    rig::CLIENT_IN_VLAN,
     rig::CLIENT_IN_VLAN,
     rig::UNRESOLVED,
     rig::BEHIND_FOREIGN,
@@ -190,9 +194,15 @@ const NODES: std::ops::RangeInclusive<u32> = 1..=10;
 
 fn pod_address(random: &mut SmallRng) -> Address {
     if random.random_bool(0.1) {
-        return pick(&[world::MOVED_POD, world::POD_OF_FREE, world::POD_OF_NOWHERE, world::POD_OF_BAD_HEADER], random);
+        return pick(
+            &[world::MOVED_POD, world::POD_OF_FREE, world::POD_OF_NOWHERE, world::POD_OF_BAD_HEADER],
+            random,
+        );
     }
-    let mut address = pod(random.random_range(NODES));
+    // Mostly nodes that work.
+    let working = [PLAIN, TAGGED, DIRECT, DIRECT_TAGGED, CILIUM, OTHER_PORT, VNI_ZERO];
+    let node = if random.random_bool(0.9) { pick(&working, random) } else { random.random_range(NODES) };
+    let mut address = pod(node);
     if random.random_bool(0.3) {
         address[3] = random.random();
     }
@@ -214,7 +224,8 @@ fn packet(source: Address, destination: Address, random: &mut SmallRng) -> Ip {
         3 => Ip::udp(source, destination, ports, &data),
         _ => Ip::new(source, destination, pick(&[0, 1, 2, 6, 17, 47, 132], random), data),
     };
-    packet.ttl = pick(&[64, 64, 64, 64, 255, 128, 2, 1, 0], random);
+    packet.ttl =
+        if random.random_bool(0.9) { pick(&[64, 255, 128, 2], random) } else { pick(&[0, 1], random) };
     packet.tos = if random.random() { 0 } else { random.random() };
     packet.id = random.random();
     packet.dont_fragment = random.random();
@@ -222,7 +233,7 @@ fn packet(source: Address, destination: Address, random: &mut SmallRng) -> Ip {
         packet.more_fragments = random.random();
         packet.offset = random.random_range(0..0x2000);
     }
-    if random.random_bool(0.08) {
+    if random.random_bool(0.05) {
         packet.options = vec![1; 4 * random.random_range(1..=10)];
     }
     packet
@@ -230,10 +241,9 @@ fn packet(source: Address, destination: Address, random: &mut SmallRng) -> Ip {
 
 fn tag(link: Link, random: &mut SmallRng) -> Link {
     match random.random_range(0..10) {
-        0..7 => link,
-        7 => link.tagged(0),
+        0..8 => link,
         8 => link.tagged(pick(&[VLAN_BOTH, VLAN_EXTERNAL, VLAN_UNDERLAY], random)),
-        _ => link.tagged(pick(&[VLAN_IDLE, VLAN_BOTH, VLAN_EXTERNAL, VLAN_UNDERLAY, 5], random)),
+        _ => link.tagged(pick(&[0, 0, 0, VLAN_IDLE, 5], random)),
     }
 }
 
@@ -300,6 +310,9 @@ fn tunnel(world: &World, random: &mut SmallRng) -> FromNode {
         let ours = from.inner_link.destination;
         let macs = [Mac::ZERO, Mac::BROADCAST, ours, from.inner_link.source, Mac::new([1, 0, 0x5e, 0, 0, 1])];
         from.inner_link = Link::new(pick(&macs, random), pick(&macs, random));
+    }
+    if random.random_bool(0.04) {
+        from.inner.truncate(random.random_range(0..=from.inner.len()));
     }
     if random.random_bool(0.05) {
         from.kind = pick(&[0x86dd, 0x0806, 0x8100, 0x88a8, 0x8847, 0x0026], random);
@@ -383,7 +396,10 @@ fn mutate(frame: &mut Vec<u8>, random: &mut SmallRng) {
             let field = pick(&[16, 20, 38, 42, 66, 70], random);
             if let Some(bytes) = frame.get_mut(field..field + 2) {
                 let length: u16 = u16::from_be_bytes([bytes[0], bytes[1]]);
-                let lie = pick(&[0, 19, 20, length.wrapping_sub(1), length.wrapping_add(1), 0xffff, random.random()], random);
+                let lie = pick(
+                    &[0, 19, 20, length.wrapping_sub(1), length.wrapping_add(1), 0xffff, random.random()],
+                    random,
+                );
                 bytes.copy_from_slice(&lie.to_be_bytes());
             }
         }
@@ -399,7 +415,7 @@ fn mutate(frame: &mut Vec<u8>, random: &mut SmallRng) {
     }
 }
 
-/// The generator's choices are what they say.
+/// Else a seed could not repeat a run.
 #[test]
 fn same_seed_same_frames() {
     rig::inside(|ports| {
@@ -409,6 +425,6 @@ fn same_seed_same_frames() {
             (0..200).map(|_| random_frame(&world, &mut random)).collect::<BTreeSet<_>>()
         };
         assert_eq!(frames(1), frames(1));
-        assert!(frames(1).is_disjoint(&frames(2)));
+        assert_ne!(frames(1), frames(2));
     });
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use gateway_common::{
-    abi::{Outcome, OverlayFlags},
+    abi::{Outcome, OverlayFlags, Roles},
     wire::Mac,
 };
 
@@ -11,10 +11,10 @@ use crate::{
     case::{Case, FromNode, check_all},
     packet::{ARP, Address, Arp, IPV4, IPV6, Ip, Link, hex},
     rig::{self, CLIENT},
-    subject::Subject,
+    subject::{Counters, Subject},
     world::{
-        self, CILIUM, CILIUM_ADDRESS, DIRECT, DIRECT_TAGGED, OTHER_PORT, OVERLAY_ADDRESS, PLAIN, TAGGED, UNRESOLVED,
-        VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE, VLAN_OUT, VLAN_UNDERLAY, VNI_ZERO, World, pod,
+        self, CILIUM, CILIUM_ADDRESS, DIRECT, DIRECT_TAGGED, OTHER_PORT, OVERLAY_ADDRESS, PLAIN, TAGGED,
+        UNRESOLVED, VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE, VLAN_OUT, VLAN_UNDERLAY, VNI_ZERO, World, pod,
     },
 };
 
@@ -45,8 +45,19 @@ const DECAPSULATED_ECN: [[Option<u8>; 4]; 4] = [
 ];
 
 fn cases(world: &World) -> Vec<Case> {
-    let parts =
-        [vectors, encap, refused_clients, direct, decap, refused_tunnels, outward, arp, tunnel_arp, links, kernels];
+    let parts = [
+        vectors,
+        encap,
+        refused_clients,
+        direct,
+        decap,
+        refused_tunnels,
+        outward,
+        arp,
+        tunnel_arp,
+        links,
+        kernels,
+    ];
     parts.into_iter().flat_map(|part| part(world)).collect()
 }
 
@@ -87,11 +98,57 @@ fn source_ports_follow_flows() {
         // 1024 balls in 16384 bins leave 992 distinct ones on average, with a deviation of 6.
         let ports: BTreeSet<u16> = (0..1024).map(|port| port_of(&flow(port))).collect();
         assert!(ports.len() > 950, "{} distinct source ports for 1024 flows", ports.len());
-        let echoes: BTreeSet<u16> = (0..64).map(|id| port_of(&Ip::echo(CLIENT, pod(PLAIN), id, b""))).collect();
+        let echoes: BTreeSet<u16> =
+            (0..64).map(|id| port_of(&Ip::echo(CLIENT, pod(PLAIN), id, b""))).collect();
         assert!(echoes.len() > 55, "{} distinct source ports for 64 echo identifiers", echoes.len());
         let first = Ip { more_fragments: true, ..flow(7) };
         let later = Ip { offset: 100, payload: vec![0x55; 64], ..flow(8) };
         assert_eq!(port_of(&first), port_of(&later));
+    });
+}
+
+/// What an interface may do comes from its roles; the tables are the same.
+#[test]
+fn roles_decide() {
+    rig::inside(|ports| {
+        let world = World::new(ports);
+        let client = world.from_client().ip(&ping());
+        let node = FromNode::new(&world, PLAIN, &answer(PLAIN, CLIENT)).bytes();
+        let plain = world.from_underlay().ip(&answer(DIRECT, CLIENT));
+        let arp = Arp::request(rig::CLIENT_MAC, CLIENT, pod(PLAIN)).bytes();
+        let arp = Link::new(Mac::BROADCAST, rig::CLIENT_MAC).frame(ARP, &arp);
+        let expectations = [
+            (Roles::NONE, [Outcome::NoRole; 4]),
+            (
+                Roles::EXTERNAL,
+                [Outcome::Encap, Outcome::TunnelPortExternal, Outcome::NoRoute, Outcome::ArpReply],
+            ),
+            (Roles::UNDERLAY, [Outcome::NoRoute, Outcome::Decap, Outcome::DirectIn, Outcome::ArpOther]),
+            (Roles::BOTH, [Outcome::Encap, Outcome::Decap, Outcome::DirectIn, Outcome::ArpReply]),
+        ];
+        for (roles, outcomes) in expectations {
+            let mut tables = world.tables.clone();
+            tables.config.roles = roles;
+            let subject = Subject::load(&tables);
+            for (frame, outcome) in [&client, &node, &plain, &arp].into_iter().zip(outcomes) {
+                let before = subject.counters();
+                subject.run(frame);
+                let counted = &subject.counters() - &before;
+                let once = Counters([(outcome.number(), (1, frame.len() as u64))].into());
+                assert_eq!(counted, once, "{roles:?}: {outcome:?} is expected");
+            }
+        }
+    });
+}
+
+/// An interface that does not forward: the kernel is asked, refuses, and gets the frame.
+#[test]
+fn forwarding_switched_off() {
+    rig::inside(|ports| {
+        let mut world = World::new(ports);
+        world.tables.config.ifindex = ports.still.index;
+        let frame = FromNode::new(&world, PLAIN, &answer(PLAIN, CLIENT)).bytes();
+        check_all(&Subject::load(&world.tables), &[Case::pass("forwarding-off", Outcome::OutRefused, frame)]);
     });
 }
 
@@ -120,7 +177,8 @@ fn vectors(world: &World) -> Vec<Case> {
     request[4..6].copy_from_slice(&length.to_be_bytes());
     let mut answer = request.clone();
     answer[8..].copy_from_slice(&hex(ARP_ANSWER));
-    let answer = cilium.link.ip(&Ip { payload: answer, ..Ip::new(rig::UNDERLAY, cilium.endpoint, 17, Vec::new()) });
+    let answer =
+        cilium.link.ip(&Ip { payload: answer, ..Ip::new(rig::UNDERLAY, cilium.endpoint, 17, Vec::new()) });
     let arp = Case::to_node(
         "vector-arp",
         world,
@@ -140,8 +198,20 @@ fn encap(world: &World) -> Vec<Case> {
         Case::encap("encap-udp", world, PLAIN, link, &to(PLAIN)),
         Case::encap("encap-tcp", world, PLAIN, link, &Ip::tcp(CLIENT, pod(PLAIN), (40_000, 80), &data)),
         Case::encap("encap-prefix", world, PLAIN, link, &Ip::udp(CLIENT, [10, 244, 1, 200], (1, 2), &data)),
-        Case::encap("encap-exact-before-prefix", world, TAGGED, link, &Ip::udp(CLIENT, world::MOVED_POD, (1, 2), &data)),
-        Case::encap("encap-other-protocol", world, PLAIN, link, &Ip::new(CLIENT, pod(PLAIN), 47, data.clone())),
+        Case::encap(
+            "encap-exact-before-prefix",
+            world,
+            TAGGED,
+            link,
+            &Ip::udp(CLIENT, world::MOVED_POD, (1, 2), &data),
+        ),
+        Case::encap(
+            "encap-other-protocol",
+            world,
+            PLAIN,
+            link,
+            &Ip::new(CLIENT, pod(PLAIN), 47, data.clone()),
+        ),
         Case::encap("encap-no-payload", world, PLAIN, link, &Ip::new(CLIENT, pod(PLAIN), 6, Vec::new())),
         Case::encap("encap-largest", world, PLAIN, link, &Ip::udp(CLIENT, pod(PLAIN), (1, 2), &[0; 1422])),
         Case::encap("encap-tag-out", world, TAGGED, link, &to(TAGGED)),
@@ -158,7 +228,13 @@ fn encap(world: &World) -> Vec<Case> {
             link,
             &Ip::udp([10, 61, 0, 5], pod(OTHER_PORT), (1, 2), &data),
         ),
-        Case::encap("encap-vni-0", world, VNI_ZERO, link, &Ip::udp([10, 71, 0, 5], pod(VNI_ZERO), (1, 2), &data)),
+        Case::encap(
+            "encap-vni-0",
+            world,
+            VNI_ZERO,
+            link,
+            &Ip::udp([10, 71, 0, 5], pod(VNI_ZERO), (1, 2), &data),
+        ),
     ];
     for ttl in [2, 64, 255] {
         cases.push(Case::encap(format!("encap-ttl-{ttl}"), world, PLAIN, link, &Ip { ttl, ..to(PLAIN) }));
@@ -179,9 +255,11 @@ fn encap(world: &World) -> Vec<Case> {
         }
     }
     // Unset, set, inherited; with the inner bit off and on.
-    for (id, client, expected) in
-        [(PLAIN, CLIENT, [false, false]), (TAGGED, CLIENT, [true, true]), (CILIUM, [10, 0, 1, 77], [false, true])]
-    {
+    for (id, client, expected) in [
+        (PLAIN, CLIENT, [false, false]),
+        (TAGGED, CLIENT, [true, true]),
+        (CILIUM, [10, 0, 1, 77], [false, true]),
+    ] {
         for (inner_df, outer_df) in [false, true].into_iter().zip(expected) {
             let packet = Ip { dont_fragment: inner_df, ..Ip::udp(client, pod(id), (5, 6), &data) };
             let (node, config, inner) = (world.nodes[&id].clone(), *world.config(), packet.clone());
@@ -224,7 +302,11 @@ fn refused_clients(world: &World) -> Vec<Case> {
         ),
     ];
     for ttl in [0, 1] {
-        cases.push(Case::pass(format!("ttl-{ttl}"), Outcome::TtlExpired, link.ip(&Ip { ttl, ..to(pod(PLAIN)) })));
+        cases.push(Case::pass(
+            format!("ttl-{ttl}"),
+            Outcome::TtlExpired,
+            link.ip(&Ip { ttl, ..to(pod(PLAIN)) }),
+        ));
     }
     // RFC 1812 section 5.2.2.
     let whole = link.ip(&to(pod(PLAIN)));
@@ -287,18 +369,18 @@ fn direct(world: &World) -> Vec<Case> {
             Link::new(rig::CLIENT_SAME_PORT_MAC, world.ports.own.mac).ip(&back(rig::CLIENT_SAME_PORT).hop()),
         ),
         // Not underlay: it is a client that says it is a pod.
-        Case::pass("direct-return-from-outside", Outcome::NoRoute, from.tagged(VLAN_EXTERNAL).ip(&back(CLIENT))),
+        Case::pass(
+            "direct-return-from-outside",
+            Outcome::NoRoute,
+            from.tagged(VLAN_EXTERNAL).ip(&back(CLIENT)),
+        ),
         // The node has a tunnel, so its pods do not send plain packets.
         Case::pass(
             "plain-packet-of-a-tunnel-node",
             Outcome::NoRoute,
             from.ip(&Ip::tcp(pod(PLAIN), CLIENT, (80, 40_000), b"answer")),
         ),
-        Case::pass(
-            "direct-elsewhere",
-            Outcome::NoRoute,
-            from.ip(&back(rig::FAR_AWAY)),
-        ),
+        Case::pass("direct-elsewhere", Outcome::NoRoute, from.ip(&back(rig::FAR_AWAY))),
         Case::pass("direct-return-local", Outcome::OutLocal, from.ip(&back(rig::GATEWAY))),
     ]);
     cases
@@ -364,7 +446,12 @@ fn decap(world: &World) -> Vec<Case> {
         ("prefix-source", Ip { source: [10, 244, 1, 250], ..packet.clone() }),
     ] {
         let from = FromNode::new(world, PLAIN, &packet);
-        cases.push(Case::redirect(format!("decap-{name}"), Outcome::Decap, from.bytes(), to_client.ip(&packet.hop())));
+        cases.push(Case::redirect(
+            format!("decap-{name}"),
+            Outcome::Decap,
+            from.bytes(),
+            to_client.ip(&packet.hop()),
+        ));
     }
     for (inner, row) in (0..).zip(DECAPSULATED_ECN) {
         for (outer, result) in (0..).zip(row) {
@@ -394,7 +481,12 @@ fn decap(world: &World) -> Vec<Case> {
                 p.header[..4].copy_from_slice(&flags);
             }
         });
-        cases.push(Case::redirect(format!("decap-{name}"), Outcome::Decap, from.bytes(), to_client.ip(&packet.hop())));
+        cases.push(Case::redirect(
+            format!("decap-{name}"),
+            Outcome::Decap,
+            from.bytes(),
+            to_client.ip(&packet.hop()),
+        ));
     }
     // Without a source check anybody's packets are taken, for any inner source.
     assert_eq!(world.config().overlays[world.nodes[&OTHER_PORT].overlay].flags, OverlayFlags::NONE);
@@ -410,7 +502,8 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
     let overlay = world.config().overlays[0];
     let node = &world.nodes[&PLAIN];
     let header = |at: usize, value: u8| plain.with(|p| p.header[at] = value).bytes();
-    let inner_macs = |source, destination| plain.with(|p| p.inner_link = Link::new(destination, source)).bytes();
+    let inner_macs =
+        |source, destination| plain.with(|p| p.inner_link = Link::new(destination, source)).bytes();
     let inner_kind = |kind: u16| plain.with(|p| p.kind = kind).bytes();
     let bent = |at: usize, bytes: &[u8]| {
         let mut frame = plain.bytes();
@@ -433,7 +526,11 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
     let outer_to = |address| plain.with(|p| p.outer.destination = address);
     let group = |p: &mut FromNode, mac: [u8; 6]| p.link.destination = Mac::new(mac);
     [
-        ("tunnel-from-outside", Outcome::TunnelPortExternal, plain.with(|p| p.link.vlan = Some(VLAN_EXTERNAL)).bytes()),
+        (
+            "tunnel-from-outside",
+            Outcome::TunnelPortExternal,
+            plain.with(|p| p.link.vlan = Some(VLAN_EXTERNAL)).bytes(),
+        ),
         (
             "tunnel-from-outside-to-another-address",
             Outcome::TunnelPortExternal,
@@ -442,12 +539,25 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
         (
             "tunnel-from-outside-by-broadcast",
             Outcome::TunnelPortExternal,
-            plain.with(|p| { p.link.vlan = Some(VLAN_EXTERNAL); group(p, [0xff; 6]) }).bytes(),
+            plain
+                .with(|p| {
+                    p.link.vlan = Some(VLAN_EXTERNAL);
+                    group(p, [0xff; 6])
+                })
+                .bytes(),
         ),
         ("tunnel-to-another-address", Outcome::TunnelAddress, outer_to(rig::UNDERLAY_OTHER).bytes()),
         ("tunnel-by-broadcast", Outcome::TunnelAddress, plain.with(|p| group(p, [0xff; 6])).bytes()),
-        ("tunnel-by-multicast", Outcome::TunnelAddress, plain.with(|p| group(p, [1, 0, 0x5e, 0, 0, 1])).bytes()),
-        ("outer-first-fragment", Outcome::OuterFragment, plain.with(|p| p.outer.more_fragments = true).bytes()),
+        (
+            "tunnel-by-multicast",
+            Outcome::TunnelAddress,
+            plain.with(|p| group(p, [1, 0, 0x5e, 0, 0, 1])).bytes(),
+        ),
+        (
+            "outer-first-fragment",
+            Outcome::OuterFragment,
+            plain.with(|p| p.outer.more_fragments = true).bytes(),
+        ),
         ("outer-truncated-udp", Outcome::OuterMalformed, {
             plain.link.ip(&Ip { payload: plain.datagram()[..7].to_vec(), ..plain.outer.clone() })
         }),
@@ -469,13 +579,29 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
         ("reserved-3", Outcome::VxlanReserved, header(3, 3)),
         ("reserved-7", Outcome::VxlanReserved, header(7, 1)),
         ("reserved-policy-without-gbp", Outcome::VxlanReserved, gbp.with(|p| p.header[3] = 1).bytes()),
-        ("reserved-gbp-7", Outcome::VxlanReserved, gbp.with(|p| (p.header[0], p.header[7]) = (0x88, 1)).bytes()),
-        ("reserved-gbp-1", Outcome::VxlanReserved, gbp.with(|p| (p.header[0], p.header[1]) = (0x88, 4)).bytes()),
+        (
+            "reserved-gbp-7",
+            Outcome::VxlanReserved,
+            gbp.with(|p| (p.header[0], p.header[7]) = (0x88, 1)).bytes(),
+        ),
+        (
+            "reserved-gbp-1",
+            Outcome::VxlanReserved,
+            gbp.with(|p| (p.header[0], p.header[1]) = (0x88, 4)).bytes(),
+        ),
         ("vni-unknown", Outcome::VniUnknown, header(6, 3)),
         ("vni-high-byte", Outcome::VniUnknown, header(4, 1)),
-        ("vni-of-another-port", Outcome::VniUnknown, plain.with(|p| p.header[4..7].copy_from_slice(&[0xab, 0xcd, 0xef])).bytes()),
+        (
+            "vni-of-another-port",
+            Outcome::VniUnknown,
+            plain.with(|p| p.header[4..7].copy_from_slice(&[0xab, 0xcd, 0xef])).bytes(),
+        ),
         ("outer-source", Outcome::OuterSource, plain.from([172, 16, 2, 99]).bytes()),
-        ("outer-source-of-another-overlay", Outcome::OuterSource, plain.from(world.nodes[&CILIUM].endpoint).bytes()),
+        (
+            "outer-source-of-another-overlay",
+            Outcome::OuterSource,
+            plain.from(world.nodes[&CILIUM].endpoint).bytes(),
+        ),
         ("inner-truncated", Outcome::InnerTruncated, cut(30 + 19)),
         ("inner-nothing", Outcome::InnerTruncated, cut(30)),
         ("inner-one-byte-short", Outcome::InnerMalformed, cut(plain.datagram().len() - 1)),
@@ -488,7 +614,11 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
             Outcome::InnerDestinationMac,
             inner_macs(node.mac, Mac::new([0x0e, 0x11, 0x22, 0x33, 0x44, 0x56])),
         ),
-        ("inner-multicast", Outcome::InnerDestinationMac, inner_macs(node.mac, Mac::new([1, 0, 0x5e, 0, 0, 5]))),
+        (
+            "inner-multicast",
+            Outcome::InnerDestinationMac,
+            inner_macs(node.mac, Mac::new([1, 0, 0x5e, 0, 0, 5])),
+        ),
         ("inner-source-mac-zero", Outcome::InnerSourceMac, inner_macs(Mac::ZERO, overlay.mac)),
         ("inner-source-mac-group", Outcome::InnerSourceMac, inner_macs(Mac::BROADCAST, overlay.mac)),
         ("inner-loop", Outcome::InnerLoop, inner_macs(overlay.mac, overlay.mac)),
@@ -557,7 +687,8 @@ fn arp(world: &World) -> Vec<Case> {
         answered("arp-probe", link, Arp { sender: [0; 4], ..request }, 18),
         answered("arp-foreign-client", link, Arp { sender: [192, 0, 2, 5], ..request }, 18),
     ];
-    let other = |name: &str, link: Link, arp: Arp| Case::pass(name, Outcome::ArpOther, link.frame(ARP, &arp.bytes()));
+    let other =
+        |name: &str, link: Link, arp: Arp| Case::pass(name, Outcome::ArpOther, link.frame(ARP, &arp.bytes()));
     let to = |target| Arp { target, ..request };
     cases.extend([
         other("arp-own-client", link, to(rig::CLIENT_SAME_PORT)),
@@ -617,7 +748,12 @@ fn tunnel_arp(world: &World) -> Vec<Case> {
     let pass = |name: &str, input: Vec<u8>| Case::pass(name, Outcome::TunnelArp, input);
     vec![
         answered("tunnel-arp", base.bytes(), PLAIN, request),
-        answered("tunnel-arp-unicast", base.with(|p| p.inner_link.destination = overlay.mac).bytes(), PLAIN, request),
+        answered(
+            "tunnel-arp-unicast",
+            base.with(|p| p.inner_link.destination = overlay.mac).bytes(),
+            PLAIN,
+            request,
+        ),
         answered("tunnel-arp-cilium", cilium_frame.bytes(), CILIUM, cilium),
         answered(
             "tunnel-arp-tagged",
@@ -633,7 +769,11 @@ fn tunnel_arp(world: &World) -> Vec<Case> {
         pass("tunnel-arp-gateway", says(Arp { target: rig::GATEWAY, ..request })),
         pass("tunnel-arp-reply", says(Arp { operation: 2, ..request })),
         pass("tunnel-arp-announcement", says(Arp { sender: OVERLAY_ADDRESS, ..request })),
-        Case::pass("tunnel-arp-malformed", Outcome::ArpMalformed, says(Arp { sender_mac: Mac::ZERO, ..request })),
+        Case::pass(
+            "tunnel-arp-malformed",
+            Outcome::ArpMalformed,
+            says(Arp { sender_mac: Mac::ZERO, ..request }),
+        ),
         Case::drop(
             "tunnel-arp-truncated",
             Outcome::InnerTruncated,
@@ -677,8 +817,20 @@ fn kernels(world: &World) -> Vec<Case> {
         Case::pass("other-udp-port", Outcome::NoRoute, plain.with(|p| p.port = 8473).bytes()),
         // Port 4789 is overlay 2's, which has another address.
         Case::drop("port-of-another-vtep", Outcome::TunnelAddress, plain.with(|p| p.port = 4789).bytes()),
-        Case::pass("tunnel-through-us", Outcome::NoRoute, plain.with(|p| p.outer.destination = [203, 0, 113, 4]).bytes()),
-        Case::pass("tcp-to-the-tunnel-port", Outcome::NoRoute, link.ip(&Ip::tcp(CLIENT, rig::UNDERLAY, (1, 8472), b""))),
-        Case::pass("ping-the-underlay-address", Outcome::NoRoute, link.ip(&Ip::echo(CLIENT, rig::UNDERLAY, 1, b""))),
+        Case::pass(
+            "tunnel-through-us",
+            Outcome::NoRoute,
+            plain.with(|p| p.outer.destination = [203, 0, 113, 4]).bytes(),
+        ),
+        Case::pass(
+            "tcp-to-the-tunnel-port",
+            Outcome::NoRoute,
+            link.ip(&Ip::tcp(CLIENT, rig::UNDERLAY, (1, 8472), b"")),
+        ),
+        Case::pass(
+            "ping-the-underlay-address",
+            Outcome::NoRoute,
+            link.ip(&Ip::echo(CLIENT, rig::UNDERLAY, 1, b"")),
+        ),
     ]
 }

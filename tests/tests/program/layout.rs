@@ -33,7 +33,8 @@ fn bpftool_names_the_fields_of_every_table() {
         subject.run(&frame);
 
         let address = |octets: [u8; 4]| json!({ "octets": octets });
-        let overlay_address = |overlay: u32, octets| json!({ "overlay": overlay, "address": address(octets) });
+        let overlay_address =
+            |overlay: u32, octets| json!({ "overlay": overlay, "address": address(octets) });
         let route = |vtep: u32| json!({ "vtep": vtep, "reserved": 0 });
         let own = ports.own.index;
         let trie = json!({ "prefix_len": 32 + 24, "data": overlay_address(0, [10, 244, 1, 0]) });
@@ -62,7 +63,10 @@ fn bpftool_names_the_fields_of_every_table() {
         let node = &world.nodes[&PLAIN];
         let mut readable = slot.clone();
         let header = readable.as_object_mut().unwrap().remove("header").unwrap();
-        assert_eq!(header.as_array().unwrap()[..6], hex("52540000000a").iter().map(|byte| json!(byte)).collect::<Vec<_>>());
+        assert_eq!(
+            header.as_array().unwrap()[..6],
+            hex("52540000000a").iter().map(|byte| json!(byte)).collect::<Vec<_>>()
+        );
         let expected = node.slot(world.config());
         assert_eq!(
             readable,
@@ -76,7 +80,8 @@ fn bpftool_names_the_fields_of_every_table() {
 
         let counters = dump(map::COUNTERS);
         let encap = counters.iter().find(|entry| entry["key"] == json!(Outcome::Encap.number())).unwrap();
-        let values: Vec<&Value> = encap["values"].as_array().unwrap().iter().map(|cpu| &cpu["value"]).collect();
+        let values: Vec<&Value> =
+            encap["values"].as_array().unwrap().iter().map(|cpu| &cpu["value"]).collect();
         let sum = |field: &str| values.iter().map(|value| value[field].as_u64().unwrap()).sum::<u64>();
         assert_eq!((sum("packets"), sum("bytes")), (1, frame.len() as u64));
     });

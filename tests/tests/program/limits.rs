@@ -15,7 +15,8 @@ use crate::{
 /// Whole frames of 128 bytes: everything shorter contradicts its own length fields.
 fn whole_frames(world: &World) -> Vec<(&'static str, Vec<u8>)> {
     let client = |length| Ip::udp(CLIENT, pod(PLAIN), (1, 2), &vec![0x11; length]);
-    let node = |length| FromNode::new(world, PLAIN, &Ip::udp(pod(PLAIN), CLIENT, (1, 2), &vec![0x11; length]));
+    let node =
+        |length| FromNode::new(world, PLAIN, &Ip::udp(pod(PLAIN), CLIENT, (1, 2), &vec![0x11; length]));
     let tagged = |from: FromNode| from.with(|p| p.link = p.link.tagged(VLAN_BOTH)).bytes();
     vec![
         ("client", world.from_client().ip(&client(86))),
@@ -66,7 +67,11 @@ fn truncated_inner_packets_are_dropped() {
             .map(|length| {
                 // Without an IP header it is truncated, with one it contradicts its total length.
                 let outcome = if length < 20 { Outcome::InnerTruncated } else { Outcome::InnerMalformed };
-                Case::drop(format!("inner-cut-{length}"), outcome, from.with(|p| p.inner.truncate(length)).bytes())
+                Case::drop(
+                    format!("inner-cut-{length}"),
+                    outcome,
+                    from.with(|p| p.inner.truncate(length)).bytes(),
+                )
             })
             .collect();
         check_all(&subject, &cases);

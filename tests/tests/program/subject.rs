@@ -12,9 +12,7 @@ use aya::{
 };
 use gateway::dataplane::load::OBJECT;
 use gateway_common::{
-    abi::{
-        CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, Vtep, map,
-    },
+    abi::{CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, Vtep, map},
     model::HostTables,
 };
 
