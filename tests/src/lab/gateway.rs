@@ -16,13 +16,14 @@ use super::{
     flannel::{EXTERNAL, Flannel, UNDERLAY},
     host::Host,
     process::Process,
-    profile_directory, wait_until,
+    profile_directory, traffic, wait_until,
 };
 
 /// Names the gateway's program when it is not the one that lies beside this.
 pub const PROGRAM_VARIABLE: &str = "GATEWAY_BIN";
 
 const START: Duration = Duration::from_secs(15);
+const READY: Duration = Duration::from_secs(5);
 
 /// A gateway that runs.
 #[derive(Debug)]
@@ -41,6 +42,18 @@ impl Gateway {
         let mut gateway = Self { program, config, process };
         gateway.wait_attached(lab.gateway())?;
         Ok(gateway)
+    }
+
+    /// Waits until every node's first pod answers both clients.
+    pub fn wait_ready(&self, lab: &Flannel) -> Result<()> {
+        // The client with a router first: one that asks by ARP too early asks again only after a second.
+        for client in [2, 1] {
+            for node in lab.nodes() {
+                traffic::wait_reachable(lab.client(client), node.pod_address(1), true, READY)
+                    .with_context(|| format!("log: {}", self.process.log().display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// The daemon.

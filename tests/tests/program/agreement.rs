@@ -248,7 +248,7 @@ fn tag(link: Link, random: &mut SmallRng) -> Link {
 }
 
 fn link(world: &World, random: &mut SmallRng) -> Link {
-    let mut link = tag(world.from_client(), random);
+    let mut link = tag(world.client_link(), random);
     if random.random_bool(0.05) {
         link.destination = pick(&[Mac::BROADCAST, Mac::new([1, 0, 0x5e, 0, 0, 1]), rig::CLIENT_MAC], random);
     }

@@ -177,7 +177,7 @@ impl FromNode {
         let node = &world.nodes[&id];
         let overlay = world.config().overlays[node.overlay];
         Self {
-            link: world.from_underlay(),
+            link: world.underlay_link(),
             outer: Ip::new(node.endpoint, overlay.local.octets, UDP, Vec::new()),
             port: overlay.port.get(),
             header: vxlan_header(overlay.vni.get()),

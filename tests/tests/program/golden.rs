@@ -90,7 +90,7 @@ fn source_ports_follow_flows() {
         let world = World::new(ports);
         let subject = Subject::load(&world.tables);
         let port_of = |packet: &Ip| {
-            let (_, output) = subject.run(&world.from_client().ip(packet));
+            let (_, output) = subject.run(&world.client_link().ip(packet));
             u16::from_be_bytes([output[34], output[35]])
         };
         let flow = |port: u16| Ip::udp(CLIENT, pod(PLAIN), (port, 80), b"data");
@@ -112,9 +112,9 @@ fn source_ports_follow_flows() {
 fn roles_decide() {
     rig::inside(|ports| {
         let world = World::new(ports);
-        let client = world.from_client().ip(&ping());
+        let client = world.client_link().ip(&ping());
         let node = FromNode::new(&world, PLAIN, &answer(PLAIN, CLIENT)).bytes();
-        let plain = world.from_underlay().ip(&answer(DIRECT, CLIENT));
+        let plain = world.underlay_link().ip(&answer(DIRECT, CLIENT));
         let arp = Arp::request(rig::CLIENT_MAC, CLIENT, pod(PLAIN)).bytes();
         let arp = Link::new(Mac::BROADCAST, rig::CLIENT_MAC).frame(ARP, &arp);
         let expectations = [
@@ -166,7 +166,7 @@ fn vectors(world: &World) -> Vec<Case> {
         world,
         Outcome::Encap,
         &world.nodes[&PLAIN],
-        world.from_client().ip(&ping()),
+        world.client_link().ip(&ping()),
         with_port(34, vector),
     );
     let cilium = &world.nodes[&CILIUM];
@@ -191,7 +191,7 @@ fn vectors(world: &World) -> Vec<Case> {
 }
 
 fn encap(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let data = vec![0xa5; 200];
     let to = |id| Ip::udp(CLIENT, pod(id), (40_000, 80), &data);
     let mut cases = vec![
@@ -278,7 +278,7 @@ fn encap(world: &World) -> Vec<Case> {
 
 /// A client's packet that the program must not carry.
 fn refused_clients(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let to = |address| Ip::udp(CLIENT, address, (40_000, 80), b"data");
     let options = vec![0x94, 4, 0, 0]; // router alert, RFC 2113
     let mut cases = vec![
@@ -332,7 +332,7 @@ fn refused_clients(world: &World) -> Vec<Case> {
 
 /// Nodes that are reached without a tunnel, both ways.
 fn direct(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let mut cases = Vec::new();
     for (name, id, link) in [
         ("direct", DIRECT, link),
@@ -348,7 +348,7 @@ fn direct(world: &World) -> Vec<Case> {
         });
     }
     let back = |to| Ip::tcp(pod(DIRECT), to, (80, 40_000), b"answer");
-    let from = world.from_underlay();
+    let from = world.underlay_link();
     cases.extend([
         Case::redirect(
             "direct-return",
@@ -542,7 +542,7 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
             plain
                 .with(|p| {
                     p.link.vlan = Some(VLAN_EXTERNAL);
-                    group(p, [0xff; 6])
+                    group(p, [0xff; 6]);
                 })
                 .bytes(),
         ),
@@ -681,7 +681,7 @@ fn arp(world: &World) -> Vec<Case> {
         answered("arp-padded", link, request, 18),
         answered("arp-tagged", link.tagged(VLAN_EXTERNAL), request, 14),
         answered("arp-priority-tag", link.tagged(0), request, 14),
-        answered("arp-unicast", world.from_client(), request, 18),
+        answered("arp-unicast", world.client_link(), request, 18),
         answered("arp-prefix", link, Arp { target: [10, 244, 1, 99], ..request }, 18),
         answered("arp-pod-of-another-overlay", link, Arp { target: pod(CILIUM), ..request }, 18),
         answered("arp-probe", link, Arp { sender: [0; 4], ..request }, 18),
@@ -784,7 +784,7 @@ fn tunnel_arp(world: &World) -> Vec<Case> {
 
 /// Frames whose link layer decides.
 fn links(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let ip = ping();
     let service_tag = link.frame(0x88a8, &[&[0, 100, 8, 0], ip.bytes().as_slice()].concat());
     let two_tags = link.tagged(VLAN_BOTH).frame(0x8100, &[&[0, 5, 8, 0], ip.bytes().as_slice()].concat());
@@ -806,9 +806,9 @@ fn links(world: &World) -> Vec<Case> {
 
 /// Frames that the kernel must get because the program cannot or may not handle them.
 fn kernels(world: &World) -> Vec<Case> {
-    let link = world.from_underlay();
+    let link = world.underlay_link();
     let plain = FromNode::new(world, PLAIN, &answer(PLAIN, CLIENT));
-    let mut no_headroom = Case::pass("no-headroom", Outcome::NoHeadroom, world.from_client().ip(&ping()));
+    let mut no_headroom = Case::pass("no-headroom", Outcome::NoHeadroom, world.client_link().ip(&ping()));
     no_headroom.metadata = 200;
     vec![
         no_headroom,

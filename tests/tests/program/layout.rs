@@ -29,7 +29,7 @@ fn bpftool_names_the_fields_of_every_table() {
         let world = World::new(ports);
         let subject = Subject::load(&world.tables);
         subject.pin(Path::new(BPFFS));
-        let frame = world.from_client().ip(&Ip::udp(CLIENT, pod(PLAIN), (1, 2), b"data"));
+        let frame = world.client_link().ip(&Ip::udp(CLIENT, pod(PLAIN), (1, 2), b"data"));
         subject.run(&frame);
 
         let address = |octets: [u8; 4]| json!({ "octets": octets });

@@ -19,8 +19,8 @@ fn whole_frames(world: &World) -> Vec<(&'static str, Vec<u8>)> {
         |length| FromNode::new(world, PLAIN, &Ip::udp(pod(PLAIN), CLIENT, (1, 2), &vec![0x11; length]));
     let tagged = |from: FromNode| from.with(|p| p.link = p.link.tagged(VLAN_BOTH)).bytes();
     vec![
-        ("client", world.from_client().ip(&client(86))),
-        ("client-tagged", world.from_client().tagged(VLAN_BOTH).ip(&client(82))),
+        ("client", world.client_link().ip(&client(86))),
+        ("client-tagged", world.client_link().tagged(VLAN_BOTH).ip(&client(82))),
         ("node", node(36).bytes()),
         ("node-tagged", tagged(node(32))),
     ]
@@ -91,7 +91,7 @@ fn frames_larger_than_a_page() {
             let out = Ip::udp(CLIENT, pod(TAGGED), (1, 2), &data);
             let back = Ip::udp(pod(PLAIN), rig::CLIENT_SAME_PORT, (2, 1), &data);
             cases.extend([
-                Case::encap(format!("jumbo-encap-{length}"), &world, TAGGED, world.from_client(), &out),
+                Case::encap(format!("jumbo-encap-{length}"), &world, TAGGED, world.client_link(), &out),
                 Case::transmit(
                     format!("jumbo-decap-{length}"),
                     Outcome::Decap,
@@ -101,7 +101,7 @@ fn frames_larger_than_a_page() {
                 Case::pass(
                     format!("jumbo-oversize-{length}"),
                     Outcome::Oversize,
-                    world.from_client().ip(&Ip { destination: pod(PLAIN), ..out }),
+                    world.client_link().ip(&Ip { destination: pod(PLAIN), ..out }),
                 ),
             ]);
         }
@@ -125,7 +125,7 @@ fn only_the_active_slot_counts() {
             let mut after = world.clone();
             after.nodes = BTreeMap::from([(PLAIN, [&old, &new][active as usize].clone())]);
             let name = format!("slot-{active}-step-{step}");
-            check_all(&subject, [&Case::encap(name, &after, PLAIN, world.from_client(), &packet)]);
+            check_all(&subject, [&Case::encap(name, &after, PLAIN, world.client_link(), &packet)]);
         }
     });
 }

@@ -3,6 +3,7 @@
 //! - [`golden`]: frames with what must become of them, written by etherparse from the RFCs.
 //! - [`agreement`]: random frames on which program and host engine must agree.
 //! - [`limits`]: truncation at every byte, frames larger than a page, the two slots of a VTEP.
+//! - [`live`]: frames that really leave, by the interface that was meant.
 //! - [`layout`]: what bpftool shows of the tables.
 //!
 //! Needs root. Each test loads its own program and maps, in a network namespace of its own. Frames before and after
@@ -14,6 +15,7 @@ mod evidence;
 mod golden;
 mod layout;
 mod limits;
+mod live;
 mod packet;
 mod rig;
 mod subject;

@@ -21,6 +21,8 @@ use crate::packet::Address;
 pub(crate) struct Port {
     pub(crate) name: &'static str,
     pub(crate) index: u32,
+    /// Index of the other end.
+    pub(crate) peer: u32,
     pub(crate) mac: Mac,
     pub(crate) mtu: u16,
 }
@@ -168,7 +170,7 @@ async fn port(handle: &Handle, name: &'static str, mac: Mac, mtu: u16) -> Port {
         .execute()
         .await
         .unwrap();
-    Port { name, index: if_nametoindex(name).unwrap(), mac, mtu }
+    Port { name, index: if_nametoindex(name).unwrap(), peer: peer_index, mac, mtu }
 }
 
 async fn address(handle: &Handle, port: Port, address: Address) {

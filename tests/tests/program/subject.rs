@@ -8,7 +8,7 @@ use aya::{
         Array, HashMap, MapData, PerCpuArray,
         lpm_trie::{Key, LpmTrie},
     },
-    programs::{TestRun as _, TestRunOptions, Xdp},
+    programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode},
 };
 use gateway::dataplane::load::OBJECT;
 use gateway_common::{
@@ -151,6 +151,23 @@ impl Subject {
             .unwrap_or_else(|error| panic!("test run of {} bytes: {error:?}", input.len()));
         output.truncate(usize::try_from(result.data_size_out).unwrap());
         (Returned::from_code(result.return_value), output)
+    }
+
+    /// Lets the program decide about frames that arrive at the interface.
+    pub(crate) fn attach(&mut self, ifindex: u32) {
+        let program: &mut Xdp = self.ebpf.program_mut(PROGRAM).unwrap().try_into().unwrap();
+        program.attach_to_if_index(ifindex, XdpMode::Driver).unwrap();
+    }
+
+    /// Runs the program on a frame and does what it says: a redirected frame leaves.
+    pub(crate) fn run_live(&self, frame: &[u8]) {
+        let program: &Xdp = self.ebpf.program(PROGRAM).unwrap().try_into().unwrap();
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            attrs: TestRunAttrs::new().xdp_live_frames(1),
+            ..TestRunOptions::default()
+        };
+        program.test_run(options).unwrap();
     }
 
     /// The whole counter table, summed over CPUs.

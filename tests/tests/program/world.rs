@@ -219,12 +219,12 @@ impl World {
     }
 
     /// Link header of frames that arrive from clients.
-    pub(crate) fn from_client(&self) -> Link {
+    pub(crate) fn client_link(&self) -> Link {
         Link::new(self.ports.own.mac, rig::CLIENT_MAC)
     }
 
     /// Link header of frames that arrive from the underlay.
-    pub(crate) fn from_underlay(&self) -> Link {
+    pub(crate) fn underlay_link(&self) -> Link {
         Link::new(self.ports.own.mac, NEXT_HOP)
     }
 

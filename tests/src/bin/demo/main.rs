@@ -61,10 +61,7 @@ fn demo() -> Result<bool> {
 
 fn start(lab: &Flannel) -> Result<(String, Gateway)> {
     let gateway = Gateway::start(lab)?;
-    for node in lab.nodes() {
-        traffic::wait_reachable(lab.client(1), node.pod_address(1), true, SOON)
-            .with_context(|| format!("log: {}", lab.directory().display()))?;
-    }
+    gateway.wait_ready(lab)?;
     Ok((format!("`gateway run`: XDP on {EXTERNAL} and {UNDERLAY}, three nodes from manifests"), gateway))
 }
 
@@ -162,9 +159,10 @@ fn changes(screen: &mut Screen, lab: &mut Flannel, gateway: &Gateway) -> Result<
     screen.check("node +", || {
         lab.add_node(four)?;
         let start = Instant::now();
-        traffic::wait_reachable(lab.client(1), four.pod_address(1), true, SOON)?;
+        traffic::wait_reachable(lab.client(2), four.pod_address(1), true, SOON)?;
         let time = milliseconds(start.elapsed());
-        Ok((format!("node4 joins: client1 reaches its pod {} after {time}", four.pod_address(1)), ()))
+        ensure!(traffic::reaches(lab.client(1), four.pod_address(1))?, "client1 does not reach its pod");
+        Ok((format!("node4 joins: clients reach its pod {} after {time}", four.pod_address(1)), ()))
     })?;
     screen.check("node −", || {
         lab.remove_node(four)?;
