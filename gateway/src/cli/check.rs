@@ -86,11 +86,12 @@ impl From<Problem> for Finding {
 ///
 /// The kernel cannot be asked.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let Args { options, json } = args;
     let mut findings = Vec::new();
-    match args.options.load() {
+    match options.load() {
         Ok(config) => {
             findings.push(Finding::ok(
-                args.options.config.display().to_string(),
+                options.config.display().to_string(),
                 format!("valid; instance {}", config.instance),
             ));
             findings.extend(manifests(&config));
@@ -111,7 +112,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             findings.extend(system::findings(None));
         }
     }
-    if args.json {
+    if json {
         output::json(&findings)?;
     } else {
         output::lines(&report(&findings))?;

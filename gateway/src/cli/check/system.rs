@@ -10,8 +10,10 @@ use crate::config::Config;
 /// Coarse clocks in XDP and multi-buffer XDP are there from here on.
 const MIN_KERNEL: (u32, u32) = (6, 1);
 
+const CAP_NET_ADMIN: u32 = 12;
 /// Bits of a capability set (linux/capability.h).
-const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+const CAPABILITIES: [(u32, &str); 3] =
+    [(CAP_NET_ADMIN, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
 /// Includes what `CAP_PERFMON` and `CAP_BPF` allow.
 const CAP_SYS_ADMIN: u32 = 21;
 
@@ -80,7 +82,7 @@ fn capabilities(status: &str) -> Finding {
     let has = |bit: u32| set & (1 << bit) != 0;
     let missing: Vec<&str> = CAPABILITIES
         .iter()
-        .filter(|(bit, name)| !has(*bit) && !(has(CAP_SYS_ADMIN) && *name != "CAP_NET_ADMIN"))
+        .filter(|(bit, _)| !has(*bit) && (*bit == CAP_NET_ADMIN || !has(CAP_SYS_ADMIN)))
         .map(|(_, name)| *name)
         .collect();
     if missing.is_empty() {

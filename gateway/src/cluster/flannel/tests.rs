@@ -226,7 +226,7 @@ fn pod_cidrs(#[case] list: &[&str], #[case] single: &str, #[case] expected: Resu
     match (read_node(&node, &overlay("")), expected) {
         (NodeReading::Vtep(facts, _), Ok(cidr)) => assert_eq!(facts.cidr.to_string(), cidr),
         (NodeReading::Rejected(problems), Err(what)) => {
-            assert!(problems[0].what.contains(what), "{problems:?}")
+            assert!(problems[0].what.contains(what), "{problems:?}");
         }
         other => panic!("{other:?}"),
     }
@@ -254,7 +254,7 @@ fn our_own_node(
     match problems {
         None => assert_eq!(read_node(&node, &overlay("")), NodeReading::Skipped(NodeSkip::Own)),
         Some(count) => {
-            assert_eq!(rejected(&node).len(), count, "one line for each field, so that they can be compared")
+            assert_eq!(rejected(&node).len(), count, "one line for each field, so that they can be compared");
         }
     }
 }
@@ -281,14 +281,17 @@ fn placed(address: [u8; 4]) -> PodReading {
     })
 }
 
-fn ips(texts: &[&str]) -> Option<Vec<PodIP>> {
-    Some(texts.iter().map(|ip| PodIP { ip: (*ip).into() }).collect())
+fn ips(texts: &[&str]) -> Vec<PodIP> {
+    texts.iter().map(|ip| PodIP { ip: (*ip).into() }).collect()
 }
 
 #[test]
 fn pods_are_read_from_their_status() {
     assert_eq!(pod(|_, _| ()), placed([10, 244, 1, 5]));
-    assert_eq!(pod(|_, status| status.pod_ips = ips(&["fd00::5", "10.244.1.6"])), placed([10, 244, 1, 6]));
+    assert_eq!(
+        pod(|_, status| status.pod_ips = Some(ips(&["fd00::5", "10.244.1.6"]))),
+        placed([10, 244, 1, 6])
+    );
     assert_eq!(pod(|_, status| status.pod_ips = None), placed([10, 244, 1, 5]));
     assert_eq!(pod(|_, status| status.phase = Some("Pending".into())), placed([10, 244, 1, 5]));
 }
@@ -302,7 +305,7 @@ fn pods_without_an_address_of_their_own_are_left_out() {
     assert_eq!(pod(|_, status| status.phase = Some("Failed".into())), skipped(Finished));
     assert_eq!(pod(|spec, _| spec.node_name = None), skipped(Pending));
     assert_eq!(pod(|_, status| *status = PodStatus::default()), skipped(Pending));
-    assert_eq!(pod(|_, status| status.pod_ips = ips(&["fd00::5"])), skipped(NoIpv4));
+    assert_eq!(pod(|_, status| status.pod_ips = Some(ips(&["fd00::5"]))), skipped(NoIpv4));
 }
 
 #[rstest]
@@ -311,6 +314,8 @@ fn pods_without_an_address_of_their_own_are_left_out() {
 #[case("127.0.0.1")]
 #[case("239.0.0.1")]
 fn addresses_that_no_pod_has(#[case] address: &str) {
-    let PodReading::Rejected(problem) = pod(|_, status| status.pod_ips = ips(&[address])) else { panic!() };
+    let PodReading::Rejected(problem) = pod(|_, status| status.pod_ips = Some(ips(&[address]))) else {
+        panic!()
+    };
     assert_eq!(problem.place, "Pod default/p, status.podIP");
 }
