@@ -44,11 +44,11 @@ enum Verb {
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
-        Verb::Run(args) => run::run(args),
+        Verb::Run(args) => run::run(&args),
         Verb::Check(args) => check::run(args),
-        Verb::Status(args) => status::run(args),
-        Verb::Show(args) => show::run(args),
-        Verb::Detach(args) => detach::run(args),
+        Verb::Status(args) => status::run(&args),
+        Verb::Show(args) => show::run(&args),
+        Verb::Detach(args) => detach::run(&args),
     };
     result.unwrap_or_else(|error| {
         if is_closed_pipe(&error) {
@@ -60,9 +60,9 @@ pub fn main() -> ExitCode {
 }
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe))
+    error.chain().any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    })
 }
 
 /// The error and its causes, unless the text has them already.
