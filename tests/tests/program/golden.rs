@@ -13,8 +13,9 @@ use crate::{
     rig::{self, CLIENT},
     subject::{Counters, Subject},
     world::{
-        self, CILIUM, CILIUM_ADDRESS, DIRECT, DIRECT_TAGGED, OTHER_PORT, OVERLAY_ADDRESS, PLAIN, TAGGED,
-        UNRESOLVED, VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE, VLAN_OUT, VLAN_UNDERLAY, VNI_ZERO, World, pod,
+        self, CILIUM, CILIUM_ADDRESS, DIRECT, DIRECT_TAGGED, Node, OTHER_PORT, OVERLAY_ADDRESS, PLAIN,
+        TAGGED, UNRESOLVED, VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE, VLAN_OUT, VLAN_UNDERLAY, VNI_ZERO, World,
+        pod,
     },
 };
 
@@ -104,6 +105,54 @@ fn source_ports_follow_flows() {
         let first = Ip { more_fragments: true, ..flow(7) };
         let later = Ip { offset: 100, payload: vec![0x55; 64], ..flow(8) };
         assert_eq!(port_of(&first), port_of(&later));
+    });
+}
+
+/// The identification goes through all its values, so the header checksums do too: before and after the TTL goes down, and
+/// when the ECN bits change as well. RFC 1624 is about the values where careless updates go wrong.
+#[test]
+fn header_checksums_are_right_for_every_value() {
+    rig::inside(|ports| {
+        let world = World::new(ports);
+        let subject = Subject::load(&world.tables);
+        let (link, to_client, node) = (world.client_link(), world.to_client(), &world.nodes[&DIRECT]);
+        for id in 0..=u16::MAX {
+            let out = Ip { id, ..Ip::new(CLIENT, pod(DIRECT), 6, Vec::new()) };
+            let (_, routed) = subject.run(&link.ip(&out));
+            assert_eq!(routed, node.link.ip(&out.hop()), "to a direct node, identification {id}");
+
+            let back = Ip { id, tos: 2, ..Ip::new(pod(PLAIN), CLIENT, 6, Vec::new()) };
+            let congested = FromNode::new(&world, PLAIN, &back).with(|p| p.outer.tos = 3);
+            let (_, taken_out) = subject.run(&congested.bytes());
+            assert_eq!(
+                taken_out,
+                to_client.ip(&Ip { tos: 3, ..back.hop() }),
+                "out of the tunnel, identification {id}"
+            );
+        }
+    });
+}
+
+/// The outer checksum is a base from userspace and what the packet adds to it: here for many bases and all lengths.
+#[test]
+fn outer_checksums_are_right_for_every_length() {
+    rig::inside(|ports| {
+        let world = World::new(ports);
+        let mut subject = Subject::load(&world.tables);
+        for length in 0..=1430_u16 {
+            let [high, low] = length.wrapping_mul(47).to_be_bytes();
+            let node = Node { endpoint: [172, 20, high, low], ..world.nodes[&PLAIN].clone() };
+            subject.set_vtep(PLAIN, world::entry(node.slot(world.config())));
+            let packet = Ip { tos: high & 3, ..Ip::new(CLIENT, pod(PLAIN), 6, vec![0x42; length.into()]) };
+            let (_, output) = subject.run(&world.client_link().ip(&packet));
+            let port = u16::from_be_bytes([output[34], output[35]]);
+            assert_eq!(
+                output,
+                node.carries(world.config(), &packet, port),
+                "{length} bytes to {:?}",
+                node.endpoint
+            );
+        }
     });
 }
 

@@ -206,3 +206,18 @@ impl Arp {
         packet.to_bytes().to_vec()
     }
 }
+
+/// The headers that etherparse does not write, against RFC 7348 section 5 written out.
+#[test]
+fn vxlan_headers() {
+    let written = [
+        (0, "0800000000000000"),
+        (1, "0800000000000100"),
+        (2, "0800000000000200"),
+        (4096, "0800000000100000"),
+        (0x00ab_cdef, "08000000abcdef00"),
+    ];
+    for (vni, bytes) in written {
+        assert_eq!(vxlan_header(vni).to_vec(), hex(bytes));
+    }
+}
