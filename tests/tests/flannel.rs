@@ -120,8 +120,9 @@ fn every_client_and_every_node_reach_each_other() {
         for (from, to, address) in [(client, pod, pod_address), (pod, client, client_address)] {
             let tcp = traffic::iperf(from, to, address, Transport::Tcp, &[]).unwrap();
             assert!(tcp.bits > 50e6, "{} to {}: {tcp:?}", from.name(), to.name());
-            let udp = traffic::iperf(from, to, address, Transport::Udp { megabits: 20 }, &[]).unwrap();
-            assert!(udp.lost.is_some_and(|lost| lost < 2.0), "{} to {}: {udp:?}", from.name(), to.name());
+            let udp = traffic::iperf(from, to, address, Transport::Udp { megabits: 10 }, &[]).unwrap();
+            // A busy machine may lose some in the queues of veth devices.
+            assert!(udp.lost.is_some_and(|lost| lost < 5.0), "{} to {}: {udp:?}", from.name(), to.name());
         }
         let _server = traffic::WebServer::start(pod, 8080).unwrap();
         let body = traffic::fetch(client, pod_address, 8080).unwrap();

@@ -97,6 +97,11 @@ pub fn namespace_of(id: &str, host: &str) -> String {
     format!("{}{host}", prefix(id))
 }
 
+/// Whether the lab has namespaces.
+pub fn exists(id: &str) -> Result<bool> {
+    Ok(!netns::list(&prefix(id))?.is_empty())
+}
+
 /// Removes all that belongs to the lab: processes, namespaces, what its gateway pinned and noted.
 pub fn remove(id: &str) -> Result<()> {
     netns::remove(&netns::list(&prefix(id))?)?;

@@ -102,7 +102,7 @@ fn traffic(screen: &mut Screen, lab: &Flannel) -> Result<()> {
         Ok((format!("client1 → pod2-1 {}; back {}", rate(there.bits), rate(back.bits)), ()))
     })?;
     screen.check("UDP", || {
-        let (node, udp) = (Node::new(3), Transport::Udp { megabits: 100 });
+        let (node, udp) = (Node::new(3), Transport::Udp { megabits: 50 });
         let there = traffic::iperf(other, lab.pod(node, 1), node.pod_address(1), udp, &[])?;
         let back = traffic::iperf(lab.pod(node, 1), other, other_address, udp, &[])?;
         Ok((format!("client2 → pod3-1 {}; back {}", datagrams(there)?, datagrams(back)?), ()))
@@ -142,7 +142,7 @@ fn traffic(screen: &mut Screen, lab: &Flannel) -> Result<()> {
 /// A UDP result that is good enough to be shown as one.
 fn datagrams(result: Throughput) -> Result<String> {
     let lost = result.lost.context("iperf3 does not tell what was lost")?;
-    ensure!(lost < 1.0, "{lost:.1} % of the datagrams lost");
+    ensure!(lost < 5.0, "{lost:.1} % of the datagrams lost");
     Ok(format!("{} ({lost:.1} % lost)", rate(result.bits)))
 }
 
