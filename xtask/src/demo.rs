@@ -1,26 +1,15 @@
-//! Runs the `demo` program of the tests crate.
+//! Shows the gateway at work: runs the `demo` program of the tests crate.
 
-use anyhow::Result;
+use std::os::unix::process::CommandExt;
 
-use crate::{
-    build,
-    process::{cargo, run as execute},
-    setup,
-};
+use anyhow::{Result, anyhow};
 
-#[derive(clap::Args)]
-pub(crate) struct Options {
-    /// What the program is told
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    arguments: Vec<String>,
-}
+use crate::{build, process::cargo, setup};
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run() -> Result<()> {
     setup::run(&setup::Need::ALL)?;
     build::run(&build::Options { release: false })?;
-    execute(
-        cargo()
-            .args(["run", "--quiet", "--package", "gateway-tests", "--bin", "demo", "--"])
-            .args(&options.arguments),
-    )
+    // Takes our place, so that Ctrl-C reaches the program alone: it cleans up.
+    let error = cargo().args(["run", "--quiet", "--package", "gateway-tests", "--bin", "demo"]).exec();
+    Err(anyhow!("cannot start cargo: {error}"))
 }

@@ -34,7 +34,7 @@ enum Verb {
     /// Run the tests
     Test(test::Options),
     /// Show the gateway at work on real packets, then clean up
-    Demo(demo::Options),
+    Demo,
     /// Keep the test network standing to play with
     Lab(lab::Options),
 }
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         Verb::Verify(options) => verify::run(&options),
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
-        Verb::Demo(options) => demo::run(&options),
+        Verb::Demo => demo::run(),
         Verb::Lab(options) => lab::run(&options),
     };
     match result {

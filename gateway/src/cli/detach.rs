@@ -24,7 +24,7 @@ pub struct Args {
 /// # Errors
 ///
 /// A daemon runs, or something cannot be removed.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = args.options.load()?;
     let _lock = InstanceLock::take(&config.instance)?;
     let pins = Pins::new(&config.datapath.bpffs, &config.instance);

@@ -44,25 +44,33 @@ enum Verb {
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
-        Verb::Run(args) => run::run(args),
+        Verb::Run(args) => run::run(&args),
         Verb::Check(args) => check::run(args),
-        Verb::Status(args) => status::run(args),
-        Verb::Show(args) => show::run(args),
-        Verb::Detach(args) => detach::run(args),
+        Verb::Status(args) => status::run(&args),
+        Verb::Show(args) => show::run(&args),
+        Verb::Detach(args) => detach::run(&args),
     };
     result.unwrap_or_else(|error| {
         if is_closed_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("gateway: {error:#}");
+        eprintln!("gateway: {}", explain(&error));
         ExitCode::from(FAILED)
     })
 }
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe))
+    error.chain().any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    })
+}
+
+/// The error and its causes, unless the text has them already.
+fn explain(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
+    })
 }
 
 /// An async runtime for verbs that talk netlink.

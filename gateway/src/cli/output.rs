@@ -12,7 +12,10 @@ where
     C: IntoIterator<Item = String>,
 {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(headers);
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(headers);
     for row in rows {
         table.add_row(row.into_iter().collect::<Vec<_>>());
     }

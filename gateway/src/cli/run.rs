@@ -38,8 +38,8 @@ pub struct Args {
 /// # Errors
 ///
 /// The configuration is invalid, or the datapath cannot run.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    start_log(&args)?;
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    start_log(args)?;
     let config = args.options.load()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
@@ -54,8 +54,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 fn start_log(args: &Args) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log)
-        .with_context(|| format!("the log filter {:?} is invalid: use a level such as info, or module=level,…", args.log))?;
+    let filter = EnvFilter::try_new(&args.log).with_context(|| {
+        format!("the log filter {:?} is invalid: use a level such as info, or module=level,…", args.log)
+    })?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match args.log_format {
         LogFormat::Text => log.init(),

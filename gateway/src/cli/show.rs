@@ -108,11 +108,11 @@ struct CounterRow {
 /// # Errors
 ///
 /// The tables are not there, or not readable.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = args.options.load()?;
     let tables = Tables::open(&Pins::new(&config.datapath.bpffs, &config.instance))?;
-    match args.what {
-        What::Counters { all } => counters(&tables, all, args.json)?,
+    match &args.what {
+        What::Counters { all } => counters(&tables, *all, args.json)?,
         what => {
             let names = Names::new(&config, &tables)?;
             match what {
@@ -136,7 +136,8 @@ impl Names {
     fn new(config: &Config, tables: &Tables) -> anyhow::Result<Self> {
         // Names of nodes are a courtesy: without them the tables still say everything that the datapath knows.
         let report = Report::read(&config.instance).ok().flatten();
-        let nodes = report.into_iter().flat_map(|report| report.vteps).filter_map(|vtep| Some((vtep.id?, vtep.node)));
+        let nodes =
+            report.into_iter().flat_map(|report| report.vteps).filter_map(|vtep| Some((vtep.id?, vtep.node)));
         let mut vteps = tables.vteps.read()?;
         vteps.retain(|_, vtep| vtep.slot().flags.has(VtepFlags::USED));
         Ok(Self {
@@ -209,14 +210,19 @@ fn vteps(names: &Names, as_json: bool) -> anyhow::Result<()> {
 
 fn pods(tables: &Tables, names: &Names) -> anyhow::Result<Vec<RouteRow>> {
     let entries = tables.pods.read()?;
-    Ok(entries.into_iter().map(|(key, route)| names.route(key.overlay, key.address.to_string(), route)).collect())
+    Ok(entries
+        .into_iter()
+        .map(|(key, route)| names.route(key.overlay, key.address.to_string(), route))
+        .collect())
 }
 
 fn prefixes(tables: &Tables, names: &Names) -> anyhow::Result<Vec<RouteRow>> {
     let entries = tables.prefixes.read()?;
     let mut rows: Vec<_> = entries.into_iter().collect();
     rows.sort_by_key(|(key, _)| (key.data, key.length));
-    let cidr = |key: &TrieKey| format!("{}/{}", key.data.address, key.length.saturating_sub(PrefixKey::OVERLAY_BITS));
+    let cidr = |key: &TrieKey| {
+        format!("{}/{}", key.data.address, key.length.saturating_sub(PrefixKey::OVERLAY_BITS))
+    };
     Ok(rows.into_iter().map(|(key, route)| names.route(key.data.overlay, cidr(&key), route)).collect())
 }
 

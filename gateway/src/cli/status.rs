@@ -105,7 +105,7 @@ struct TableStatus {
 /// # Errors
 ///
 /// The configuration is invalid, or the kernel does not answer.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = args.options.load()?;
     let status = collect(&config)?;
     if args.json {
@@ -197,14 +197,20 @@ fn interfaces(
         match link {
             None => problems.push(format!("interface {} does not exist", interface.name)),
             Some(link) if !link.up => problems.push(format!("interface {} is down", interface.name)),
-            Some(_) if !ours => problems.push(format!("no program of this gateway is on interface {}", interface.name)),
+            Some(_) if !ours => {
+                problems.push(format!("no program of this gateway is on interface {}", interface.name))
+            }
             Some(_) => {}
         }
         let names = [(Roles::UNDERLAY, "underlay"), (Roles::EXTERNAL, "external")];
         rows.push(InterfaceStatus {
             name: interface.name.clone(),
             vlan: interface.vlan,
-            roles: names.into_iter().filter(|(role, _)| interface.roles.has(*role)).map(|(_, name)| name).collect(),
+            roles: names
+                .into_iter()
+                .filter(|(role, _)| interface.roles.has(*role))
+                .map(|(_, name)| name)
+                .collect(),
             ifindex: link.map(|link| link.index),
             up: link.is_some_and(|link| link.up),
             mode: link.and_then(|link| link.xdp.mode).map(crate::kernel::host::AttachMode::label),
@@ -219,7 +225,8 @@ fn interfaces(
 fn fill(status: &mut Status, tables: &Tables) -> anyhow::Result<()> {
     let vteps = tables.vteps.read()?;
     let used = vteps.values().map(|vtep| *vtep.slot()).filter(|slot| slot.flags.has(VtepFlags::USED));
-    let (ready, unresolved): (Vec<VtepSlot>, Vec<VtepSlot>) = used.partition(|slot| slot.flags.has(VtepFlags::READY));
+    let (ready, unresolved): (Vec<VtepSlot>, Vec<VtepSlot>) =
+        used.partition(|slot| slot.flags.has(VtepFlags::READY));
     status.vteps_ready = ready.len();
     status.vteps_unresolved = unresolved.len();
     let row = |name, entries, capacity| TableStatus { name, entries, capacity };
@@ -238,17 +245,17 @@ fn print(status: &Status) -> anyhow::Result<()> {
     let mut head = format!("instance {}: ", status.instance);
     match &status.daemon {
         Some(daemon) => {
-            let heard = daemon
-                .source
-                .last_event
-                .map_or_else(|| "nothing heard yet".to_owned(), |at| format!("last event {} ago", age(now().saturating_sub(at))));
+            let heard = daemon.source.last_event.map_or_else(
+                || "nothing heard yet".to_owned(),
+                |at| format!("last event {} ago", age(now().saturating_sub(at))),
+            );
             let state = if daemon.source.synchronised { "synchronised" } else { "not synchronised" };
-            write!(head, "running as process {} for {}\n", daemon.pid, age(daemon.uptime_seconds))?;
+            writeln!(head, "running as process {} for {}", daemon.pid, age(daemon.uptime_seconds))?;
             write!(head, "source {}: {state}, {heard}", daemon.source.location)?;
         }
         None => head.push_str("not running"),
     }
-    write!(head, "\nnodes: {} ready, {} unresolved\n", status.vteps_ready, status.vteps_unresolved)?;
+    writeln!(head, "\nnodes: {} ready, {} unresolved", status.vteps_ready, status.vteps_unresolved)?;
     lines(&head)?;
 
     let dash = || "-".to_owned();
@@ -276,7 +283,10 @@ fn print(status: &Status) -> anyhow::Result<()> {
     lines("")?;
     table(
         &["TABLE", "ENTRIES", "CAPACITY"],
-        status.tables.iter().map(|row| [row.name.to_owned(), row.entries.to_string(), row.capacity.to_string()]),
+        status
+            .tables
+            .iter()
+            .map(|row| [row.name.to_owned(), row.entries.to_string(), row.capacity.to_string()]),
     )?;
     for vtep in &status.unresolved {
         let reason = vtep.unresolved.as_deref().unwrap_or_default();

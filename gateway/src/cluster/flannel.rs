@@ -15,10 +15,7 @@ use k8s_openapi::{
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use crate::{
-    cluster::{
-        model::{ObjectRef, PodRef},
-        problem::Problem,
-    },
+    cluster::{model::PodRef, problem::Problem},
     config::Overlay,
 };
 
@@ -469,7 +466,5 @@ fn timestamp(time: Option<&Time>) -> Option<Timestamp> {
     time.map(|time| time.0)
 }
 
-/// The place of a problem with an object as a whole.
-pub fn place_of(reference: &ObjectRef) -> String {
-    reference.to_string()
-}
+#[cfg(test)]
+mod tests;

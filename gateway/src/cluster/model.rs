@@ -12,9 +12,9 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// A Node.
-    Node(Node),
+    Node(Box<Node>),
     /// A Pod.
-    Pod(Pod),
+    Pod(Box<Pod>),
 }
 
 impl Object {

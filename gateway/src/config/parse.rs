@@ -30,11 +30,36 @@ const DEFAULT_MAX_SOURCES: u32 = 32_768;
 /// Larger tables are a slip of the pen: the largest clusters have 150,000 pods.
 const LARGEST_TABLE: u32 = 1 << 24;
 
+/// A key without a default that need not be there.
+pub(super) enum Optional<T> {
+    Absent,
+    Wrong,
+    Given(Located<T>),
+}
+
+impl<T> Optional<T> {
+    /// The value, if there is one that could be read.
+    pub(super) fn given(&self) -> Option<&Located<T>> {
+        match self {
+            Self::Given(found) => Some(found),
+            Self::Absent | Self::Wrong => None,
+        }
+    }
+
+    /// `None` if it is wrong, else what `then` makes of the value or its absence.
+    fn settle<U>(self, then: impl FnOnce(Option<T>) -> U) -> Option<U> {
+        match self {
+            Self::Absent => Some(then(None)),
+            Self::Wrong => None,
+            Self::Given(found) => Some(then(Some(found.value))),
+        }
+    }
+}
+
 /// An interface entry as far as it could be read.
 pub(super) struct InterfaceDraft {
     pub(super) name: Option<Located<String>>,
-    /// Outer `None` if it is wrong, inner if it is absent.
-    pub(super) vlan: Option<Option<u16>>,
+    pub(super) vlan: Optional<u16>,
     pub(super) roles: Option<Located<Roles>>,
 }
 
@@ -47,9 +72,8 @@ pub(super) struct OverlayDraft {
     pub(super) local: Option<Located<Ipv4Addr>>,
     pub(super) mac: Option<Located<Mac>>,
     pub(super) subnet: Option<Located<Ipv4Net>>,
-    /// Outer `None` if it is wrong, inner if it is absent; so with `network`.
-    pub(super) address: Option<Option<Located<Ipv4Addr>>>,
-    pub(super) network: Option<Option<Located<Ipv4Net>>>,
+    pub(super) address: Optional<Ipv4Addr>,
+    pub(super) network: Optional<Ipv4Net>,
     pub(super) direct_routing: Option<Located<bool>>,
     pub(super) source_check: Option<Located<SourceCheck>>,
     pub(super) extra_sources: Option<Vec<Located<ExtraSource>>>,
@@ -115,10 +139,11 @@ fn read_source(mut section: Section<'_>, overrides: &Overrides) -> Option<Source
     Some(Source::Files { path: path? })
 }
 
+const ROLES: &str = "write roles = [\"underlay\"], [\"external\"] or both";
+
 fn read_interface(mut section: Section<'_>, report: &Report<'_>) -> InterfaceDraft {
     let name = section.require("name", INTERFACE_NAME, "name the network device, such as name = \"eth0\"");
-    let vlan = read_optional(&mut section, "vlan", VLAN).map(value);
-    const ROLES: &str = "write roles = [\"underlay\"], [\"external\"] or both";
+    let vlan = read_optional(&mut section, "vlan", VLAN);
     let roles = match section.take("roles") {
         None => {
             section.missing("roles", ROLES);
@@ -155,7 +180,11 @@ fn read_interface(mut section: Section<'_>, report: &Report<'_>) -> InterfaceDra
 
 impl InterfaceDraft {
     fn finish(self) -> Option<Interface> {
-        Some(Interface { name: self.name?.value, vlan: self.vlan?, roles: self.roles?.value })
+        Some(Interface {
+            name: self.name?.value,
+            vlan: self.vlan.settle(|vlan| vlan)?,
+            roles: self.roles?.value,
+        })
     }
 }
 
@@ -210,8 +239,8 @@ impl OverlayDraft {
             local: self.local?.value,
             mac: self.mac?.value,
             subnet,
-            address: value(self.address?).unwrap_or(subnet.network()),
-            network: value(self.network?),
+            address: self.address.settle(|address| address.unwrap_or(subnet.network()))?,
+            network: self.network.settle(|network| network)?,
             direct_routing: self.direct_routing?.value,
             source_check: self.source_check?.value,
             extra_sources: self.extra_sources?.into_iter().map(|extra| extra.value).collect(),
@@ -284,18 +313,20 @@ fn read_or<T>(
     default: T,
 ) -> Option<Located<T>> {
     let absent = Located { value: default, at: section.at(), key: section.path(key) };
-    read_optional(section, key, parse).map(|found| found.unwrap_or(absent))
+    match read_optional(section, key, parse) {
+        Optional::Absent => Some(absent),
+        Optional::Wrong => None,
+        Optional::Given(found) => Some(found),
+    }
 }
 
-/// `Some(None)` if the key is absent, `None` if it is wrong.
-fn read_optional<T>(
-    section: &mut Section<'_>,
-    key: &'static str,
-    parse: Parse<T>,
-) -> Option<Option<Located<T>>> {
+fn read_optional<T>(section: &mut Section<'_>, key: &'static str, parse: Parse<T>) -> Optional<T> {
     let present = section.has(key);
-    let found = section.read(key, parse);
-    if present { found.map(Some) } else { Some(None) }
+    match section.read(key, parse) {
+        Some(found) => Optional::Given(found),
+        None if present => Optional::Wrong,
+        None => Optional::Absent,
+    }
 }
 
 fn value<T>(found: Option<Located<T>>) -> Option<T> {

@@ -257,6 +257,15 @@ pub(super) struct Parse<T> {
     pub(super) parse: fn(&DeValue<'_>) -> Result<T, String>,
 }
 
+impl<T> Clone for Parse<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Parse<T> {}
+
+/// Reads a value; what is wrong with it is noted.
 pub(super) fn convert<T>(
     report: &Report<'_>,
     found: &Located<DeValue<'_>>,

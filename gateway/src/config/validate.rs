@@ -12,7 +12,7 @@ use gateway_common::abi::{MAX_OVERLAYS, MAX_VLANS, Roles};
 use ipnet::Ipv4Net;
 
 use super::{
-    parse::{InterfaceDraft, OverlayDraft},
+    parse::{InterfaceDraft, Optional, OverlayDraft},
     reader::{Located, Report},
 };
 
@@ -22,7 +22,10 @@ pub(super) fn interfaces(report: &Report<'_>, interfaces: Option<&[InterfaceDraf
     let mut entries = BTreeSet::new();
     let mut vlans: BTreeMap<&str, usize> = BTreeMap::new();
     for interface in interfaces {
-        let (Some(name), Some(vlan)) = (&interface.name, interface.vlan) else { continue };
+        let (Some(name), Optional::Absent | Optional::Given(_)) = (&interface.name, &interface.vlan) else {
+            continue;
+        };
+        let vlan = interface.vlan.given().map(|vlan| vlan.value);
         let tag = vlan.map_or("untagged frames".to_owned(), |vlan| format!("VLAN {vlan}"));
         if !entries.insert((name.value.as_str(), vlan)) {
             name.note(
@@ -85,7 +88,7 @@ pub(super) fn overlays(report: &Report<'_>, overlays: Option<&[OverlayDraft]>) {
 
 /// Within one overlay.
 fn within(report: &Report<'_>, overlay: &OverlayDraft) {
-    if let (Some(Some(address)), Some(subnet)) = (&overlay.address, &overlay.subnet) {
+    if let (Some(address), Some(subnet)) = (overlay.address.given(), &overlay.subnet) {
         let usable = subnet.value.contains(&address.value)
             && (subnet.value.prefix_len() >= 31 || address.value != subnet.value.broadcast());
         if !usable {
@@ -96,7 +99,7 @@ fn within(report: &Report<'_>, overlay: &OverlayDraft) {
             );
         }
     }
-    if let (Some(Some(network)), Some(subnet)) = (&overlay.network, &overlay.subnet)
+    if let (Some(network), Some(subnet)) = (overlay.network.given(), &overlay.subnet)
         && !network.value.contains(&subnet.value)
     {
         subnet.note(

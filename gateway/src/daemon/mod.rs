@@ -71,7 +71,14 @@ struct Pending {
 
 impl Pending {
     fn everything() -> Self {
-        Self { host: true, routes: true, neighbours: true, hops: true, verify: true, changes: Changes::default() }
+        Self {
+            host: true,
+            routes: true,
+            neighbours: true,
+            hops: true,
+            verify: true,
+            changes: Changes::default(),
+        }
     }
 }
 
@@ -222,11 +229,7 @@ impl Daemon {
     /// Notes an event; tells whether there is work.
     fn take_netlink(&mut self, event: &netlink::Event, pending: &mut Pending) -> bool {
         match event {
-            netlink::Event::Links => {
-                pending.host = true;
-                pending.routes = true;
-            }
-            netlink::Event::Addresses => {
+            netlink::Event::Links | netlink::Event::Addresses => {
                 pending.host = true;
                 pending.routes = true;
             }
@@ -244,8 +247,7 @@ impl Daemon {
                 pending.hops = true;
             }
             netlink::Event::Lost => {
-                *pending =
-                    Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
+                *pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
             }
         }
         true
@@ -366,6 +368,11 @@ impl Daemon {
 
     async fn apply_devices(&mut self) {
         let mut problems = Vec::new();
+        // The devices must be seen as they are: one that was made a moment ago has no event yet.
+        match Host::read(&self.handle).await {
+            Ok(host) => self.host = host,
+            Err(error) => problems.push(error.to_string()),
+        }
         for (id, device) in (0_u32..).zip(&self.devices) {
             let goal = Goal::new(id, self.planner.desired(), &self.hops, |hop| self.kernel_device(hop));
             problems.extend(device.apply(&goal, &self.host, self.underlay_mtu(id)).await);
@@ -390,7 +397,9 @@ impl Daemon {
     /// Puts the program on an interface, unless it is absent or runs it already.
     fn attach(&mut self, name: &str) -> anyhow::Result<()> {
         let Some(link) = self.host.by_name(name) else {
-            self.note_interface(format!("interface {name} does not exist; it is attached as soon as it appears"));
+            self.note_interface(format!(
+                "interface {name} does not exist; it is attached as soon as it appears"
+            ));
             return Ok(());
         };
         let constants = constants(&self.config, link)?;
@@ -409,7 +418,7 @@ impl Daemon {
         self.problems.remove(&Part::Interfaces);
         for name in self.interface_names() {
             if let Err(error) = self.attach(&name) {
-                self.note_interface(format!("{error:#}"));
+                self.note_interface(error.to_string());
             }
         }
     }

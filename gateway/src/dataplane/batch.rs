@@ -64,7 +64,8 @@ const CHUNK: usize = 4096;
 fn bpf<A>(command: Command, attr: &mut A) -> io::Result<()> {
     // SAFETY: `attr` is one of the two attribute structs above, laid out as `union bpf_attr` for the command, and its
     // pointers lead to buffers of at least `count` keys and values of the map's sizes (see `Map::new` and each caller).
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<A>()) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<A>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

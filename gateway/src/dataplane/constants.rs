@@ -15,10 +15,14 @@ use crate::{
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum TooMany {
     /// Overlays.
-    #[error("{0} overlays are configured, but one gateway serves at most {MAX_OVERLAYS}: remove some [[overlay]]")]
+    #[error(
+        "{0} overlays are configured, but one gateway serves at most {MAX_OVERLAYS}: remove some [[overlay]]"
+    )]
     Overlays(usize),
     /// VLANs of an interface.
-    #[error("{0} VLANs of interface {1} have roles, but at most {MAX_VLANS} can: remove some [[interface]] entries")]
+    #[error(
+        "{0} VLANs of interface {1} have roles, but at most {MAX_VLANS} can: remove some [[interface]] entries"
+    )]
     Vlans(usize, String),
 }
 
@@ -55,8 +59,10 @@ fn overlay(overlay: &Overlay) -> abi::Overlay {
         (overlay.allow_gbp, OverlayFlags::ALLOW_GBP),
         (overlay.dont_fragment == DontFragment::Inherit, OverlayFlags::DF_INHERIT),
     ];
-    let flags =
-        switches.into_iter().filter(|(on, _)| *on).fold(OverlayFlags::NONE, |flags, (_, flag)| flags.with(flag));
+    let flags = switches
+        .into_iter()
+        .filter(|(on, _)| *on)
+        .fold(OverlayFlags::NONE, |flags, (_, flag)| flags.with(flag));
     abi::Overlay {
         local: overlay.local.into(),
         port: Be16::new(overlay.port),

@@ -108,11 +108,13 @@ pub enum LoadError {
 
 fn load_advice(error: &EbpfError) -> &'static str {
     match error {
-        EbpfError::MapError(aya::maps::MapError::CreateError { io_error, .. }) => match io_error.raw_os_error() {
-            Some(libc::EPERM) => " (root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, is needed)",
-            Some(libc::ENOMEM | libc::E2BIG) => " (lower the table sizes under [datapath])",
-            _ => "",
-        },
+        EbpfError::MapError(aya::maps::MapError::CreateError { io_error, .. }) => {
+            match io_error.raw_os_error() {
+                Some(libc::EPERM) => " (root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, is needed)",
+                Some(libc::ENOMEM | libc::E2BIG) => " (lower the table sizes under [datapath])",
+                _ => "",
+            }
+        }
         _ => "",
     }
 }
@@ -178,16 +180,18 @@ impl Programs {
         loader.override_global(CONFIG_SYMBOL, constants, true);
         loader.override_global(aya_log::LEVEL, &level, false);
         for spec in &self.specs {
-            loader.map_pin_path(spec.name, self.pins.map(spec.name)).map_max_entries(spec.name, spec.max_entries);
+            loader
+                .map_pin_path(spec.name, self.pins.map(spec.name))
+                .map_max_entries(spec.name, spec.max_entries);
         }
         Ok(loader.load(OBJECT)?)
     }
 
     /// Whether the interface runs a program with these constants.
     pub fn is_current(&self, link: &Link, constants: &abi::Config) -> bool {
-        self.attached
-            .get(&link.name)
-            .is_some_and(|attachment| attachment.constants == *constants && link.xdp.program == Some(attachment.program_id))
+        self.attached.get(&link.name).is_some_and(|attachment| {
+            attachment.constants == *constants && link.xdp.program == Some(attachment.program_id)
+        })
     }
 
     /// Puts a program with these constants on an interface: swaps the one of the pinned link, or attaches and pins.
@@ -199,21 +203,20 @@ impl Programs {
         let interface = &link.name;
         let mut ebpf = self.load_object(constants)?;
         let logger = (self.settings.log != DatapathLog::Off).then(|| follow_log(&mut ebpf)).flatten();
-        let program: &mut Xdp =
-            ebpf.program_mut(PROGRAM).and_then(|program| program.try_into().ok()).ok_or(LoadError::NoProgram)?;
+        let program: &mut Xdp = ebpf
+            .program_mut(PROGRAM)
+            .and_then(|program| program.try_into().ok())
+            .ok_or(LoadError::NoProgram)?;
         program.load().map_err(|error| refused(interface, error))?;
         let fault = |source| LoadError::Attach { interface: interface.clone(), source };
         let program_id = program.info().map_err(fault)?.id();
 
-        let how = match self.adopt(link)? {
-            Some(pinned) => {
-                program.attach_to_link(pinned).map_err(fault)?;
-                "swapped"
-            }
-            None => {
-                self.attach_new(program, link)?;
-                "attached"
-            }
+        let how = if let Some(pinned) = self.adopt(link)? {
+            program.attach_to_link(pinned).map_err(fault)?;
+            "swapped"
+        } else {
+            self.attach_new(program, link)?;
+            "attached"
         };
         info!(interface, program = program_id, mode = ?self.settings.xdp_mode, "XDP program {how}");
         self.attached.insert(interface.clone(), Attachment { constants: *constants, program_id, logger });
@@ -249,10 +252,12 @@ impl Programs {
         };
         let id = program.attach_to_if_index(link.index, mode).map_err(|error| match errno(&error) {
             Some(libc::EBUSY | libc::EEXIST) => foreign(link),
-            Some(code @ (libc::EOPNOTSUPP | libc::EINVAL)) if mode == XdpMode::Driver => LoadError::NoDriverSupport {
-                interface: interface.clone(),
-                source: io::Error::from_raw_os_error(code),
-            },
+            Some(code @ (libc::EOPNOTSUPP | libc::EINVAL)) if mode == XdpMode::Driver => {
+                LoadError::NoDriverSupport {
+                    interface: interface.clone(),
+                    source: io::Error::from_raw_os_error(code),
+                }
+            }
             _ => LoadError::Attach { interface: interface.clone(), source: error },
         })?;
         let attach = |source| LoadError::Attach { interface: interface.clone(), source };
@@ -285,7 +290,10 @@ impl Programs {
             if !keep(&interface) {
                 self.unpin(&interface)?;
                 self.attached.remove(&interface);
-                info!(interface, "XDP program detached: the configuration does not name the interface any more");
+                info!(
+                    interface,
+                    "XDP program detached: the configuration does not name the interface any more"
+                );
             }
         }
         Ok(())

@@ -159,7 +159,14 @@ pub mod spec {
 
     #[expect(clippy::cast_possible_truncation, reason = "sizes of table types are far below 4 GiB")]
     const fn of<K, V>(name: &'static str, kind: MapType, flags: u32, max_entries: u32) -> MapSpec {
-        MapSpec { name, kind, key_size: size_of::<K>() as u32, value_size: size_of::<V>() as u32, flags, max_entries }
+        MapSpec {
+            name,
+            kind,
+            key_size: size_of::<K>() as u32,
+            value_size: size_of::<V>() as u32,
+            flags,
+            max_entries,
+        }
     }
 
     pub(crate) const fn pods() -> MapSpec {
@@ -257,7 +264,14 @@ impl Pins {
             Err(error) => return Err(fault(error)),
         };
         let mut names = entries
-            .map(|entry| Ok(entry.map_err(fault)?.file_name().to_string_lossy().replace("%2e", ".").replace("%25", "%")))
+            .map(|entry| {
+                Ok(entry
+                    .map_err(fault)?
+                    .file_name()
+                    .to_string_lossy()
+                    .replace("%2e", ".")
+                    .replace("%25", "%"))
+            })
             .collect::<Result<Vec<_>, PinError>>()?;
         names.sort();
         Ok(names)
@@ -273,10 +287,8 @@ impl Pins {
             source: error.into(),
         })?;
         if found.filesystem_type() != BPF_FS_MAGIC {
-            mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(|error| PinError::Io {
-                verb: "mount a bpffs on",
-                path: bpffs.clone(),
-                source: error.into(),
+            mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(|error| {
+                PinError::Io { verb: "mount a bpffs on", path: bpffs.clone(), source: error.into() }
             })?;
         }
         make_directory(&self.version().join("maps"))?;
@@ -292,7 +304,8 @@ impl Pins {
         for spec in specs {
             let path = self.map(spec.name);
             if path.exists() {
-                let info = MapInfo::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
+                let info = MapInfo::from_pin(&path)
+                    .map_err(|source| PinError::Map { path: path.clone(), source })?;
                 compare(&path, &info, spec)?;
             }
         }
@@ -342,7 +355,9 @@ fn make_directory(path: &Path) -> Result<(), PinError> {
 fn remove_tree(directory: &Path) -> Result<bool, PinError> {
     let fault = |verb, path: &Path, source| PinError::Io { verb, path: path.to_owned(), source };
     let mut entries = match fs::read_dir(directory) {
-        Ok(entries) => entries.collect::<Result<Vec<_>, _>>().map_err(|error| fault("list", directory, error))?,
+        Ok(entries) => {
+            entries.collect::<Result<Vec<_>, _>>().map_err(|error| fault("list", directory, error))?
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(fault("list", directory, error)),
     };

@@ -179,7 +179,11 @@ impl Reconciler {
     }
 
     /// Makes addresses and ways out what they should be.
-    pub fn apply_host(&mut self, addresses: &BTreeMap<Ipv4, LocalAddress>, egress: &BTreeMap<u32, Egress>) -> Pass {
+    pub fn apply_host(
+        &mut self,
+        addresses: &BTreeMap<Ipv4, LocalAddress>,
+        egress: &BTreeMap<u32, Egress>,
+    ) -> Pass {
         let mut pass = Pass::default();
         let mut faults = Faults::default();
         let addresses = difference(&self.addresses.entries, addresses);
@@ -191,7 +195,12 @@ impl Reconciler {
     }
 
     /// Makes VTEPs and routes what they should be. `slots` has the entry of every node in `desired.vteps`.
-    pub fn apply(&mut self, desired: &Desired, slots: &BTreeMap<VtepKey, VtepSlot>, scope: Scope<'_>) -> Pass {
+    pub fn apply(
+        &mut self,
+        desired: &Desired,
+        slots: &BTreeMap<VtepKey, VtepSlot>,
+        scope: Scope<'_>,
+    ) -> Pass {
         let mut pass = Pass::default();
         let mut faults = Faults::default();
 
@@ -204,8 +213,10 @@ impl Reconciler {
         let ids = &self.vteps.owners;
         let route = |key: &VtepKey| ids.get(key).copied().map(Route::to);
         let pods = part(scope, &self.pods.entries, |c| &c.pods, &desired.pods, |k| exact(*k), route);
-        let prefixes = part(scope, &self.prefixes.entries, |c| &c.prefixes, &desired.prefixes, |k| trie(*k), route);
-        let sources = part(scope, &self.sources.entries, |c| &c.sources, &desired.sources, |k| exact(*k), route);
+        let prefixes =
+            part(scope, &self.prefixes.entries, |c| &c.prefixes, &desired.prefixes, |k| trie(*k), route);
+        let sources =
+            part(scope, &self.sources.entries, |c| &c.sources, &desired.sources, |k| exact(*k), route);
         apply(&mut self.pods, pods, &mut pass, &mut faults);
         apply(&mut self.prefixes, prefixes, &mut pass, &mut faults);
         apply(&mut self.sources, sources, &mut pass, &mut faults);
@@ -220,7 +231,12 @@ impl Reconciler {
 
     /// Ids that some route names.
     fn referenced(&self) -> BTreeSet<u32> {
-        let routes = self.pods.entries.values().chain(self.prefixes.entries.values()).chain(self.sources.entries.values());
+        let routes = self
+            .pods
+            .entries
+            .values()
+            .chain(self.prefixes.entries.values())
+            .chain(self.sources.entries.values());
         routes.map(|route| route.vtep).collect()
     }
 }
@@ -240,8 +256,11 @@ fn part<P: Ord, K: Copy + Ord>(
         Scope::Everything => difference(have, &goal.keys().filter_map(wanted).collect()),
         Scope::Only(scope) => {
             let names = changes(scope);
-            let present: BTreeMap<K, Route> =
-                names.iter().filter_map(|name| have.get_key_value(&key(name))).map(|(k, v)| (*k, *v)).collect();
+            let present: BTreeMap<K, Route> = names
+                .iter()
+                .filter_map(|name| have.get_key_value(&key(name)))
+                .map(|(k, v)| (*k, *v))
+                .collect();
             difference(&present, &names.iter().filter_map(wanted).collect())
         }
     }
@@ -300,11 +319,19 @@ impl Vteps {
     }
 
     fn used(&self) -> impl Iterator<Item = (u32, &VtepSlot)> {
-        self.entries.iter().map(|(id, entry)| (*id, entry.slot())).filter(|(_, slot)| slot.flags.has(VtepFlags::USED))
+        self.entries
+            .iter()
+            .map(|(id, entry)| (*id, entry.slot()))
+            .filter(|(_, slot)| slot.flags.has(VtepFlags::USED))
     }
 
     /// Gives every node an id: the entry that is its own from an earlier run, else a free one.
-    fn claim(&mut self, slots: &BTreeMap<VtepKey, VtepSlot>, referenced: &BTreeSet<u32>, faults: &mut Faults) {
+    fn claim(
+        &mut self,
+        slots: &BTreeMap<VtepKey, VtepSlot>,
+        referenced: &BTreeSet<u32>,
+        faults: &mut Faults,
+    ) {
         let newcomers: Vec<_> = slots.iter().filter(|(key, _)| !self.owners.contains_key(key)).collect();
         let taken: BTreeSet<u32> = self.owners.values().copied().collect();
         let mut free: BTreeSet<u32> = self.entries.keys().copied().collect();
@@ -370,7 +397,8 @@ impl Vteps {
         self.replace(&gone, faults);
         let entries = &self.entries;
         self.owners.retain(|key, id| {
-            slots.contains_key(key) || entries.get(id).is_some_and(|entry| entry.slot().flags.has(VtepFlags::USED))
+            slots.contains_key(key)
+                || entries.get(id).is_some_and(|entry| entry.slot().flags.has(VtepFlags::USED))
         });
         gone.len()
     }

@@ -8,9 +8,7 @@ use std::{collections::BTreeMap, io};
 use aya::maps::{self, MapData, PerCpuArray};
 use bytemuck::Pod;
 use gateway_common::{
-    abi::{
-        Counter, Egress, LocalAddress, Outcome, OutcomeInfo, OverlayAddress, PrefixKey, Route, Vtep, map,
-    },
+    abi::{Counter, Egress, LocalAddress, Outcome, OutcomeInfo, OverlayAddress, PrefixKey, Route, Vtep, map},
     wire::Ipv4,
 };
 
@@ -43,7 +41,9 @@ pub struct TableError {
 
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::E2BIG | libc::ENOSPC) => " (the table is full: raise its size under [datapath] in the configuration)",
+        Some(libc::E2BIG | libc::ENOSPC) => {
+            " (the table is full: raise its size under [datapath] in the configuration)"
+        }
         Some(libc::EPERM) => " (root, or CAP_BPF and CAP_NET_ADMIN, is needed)",
         _ => "",
     }

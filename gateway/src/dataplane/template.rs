@@ -7,7 +7,8 @@
 use bytemuck::{Zeroable as _, bytes_of};
 use gateway_common::{
     abi::{
-        HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED, VtepFlags, VtepSlot,
+        HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED, VtepFlags,
+        VtepSlot,
     },
     checksum::Sum,
     wire::{Be16, EtherType, Ethernet, Ipv4, Mac, Tag},
@@ -55,7 +56,8 @@ pub fn slot(id: OverlayId, overlay: &Overlay, vtep: &VtepSpec, hop: &NextHop) ->
     slot.flags = slot.flags.with(VtepFlags::READY);
     slot.ifindex = hop.ifindex;
     slot.header_len = header.len;
-    slot.mtu = u16::try_from(hop.mtu).unwrap_or(u16::MAX).saturating_sub(u16::try_from(overhead).unwrap_or(0));
+    slot.mtu =
+        u16::try_from(hop.mtu).unwrap_or(u16::MAX).saturating_sub(u16::try_from(overhead).unwrap_or(0));
     slot.header = header.bytes;
     slot.next_hop = hop.destination;
     slot
@@ -178,7 +180,11 @@ mod tests {
     }
 
     fn vtep(direct: bool) -> VtepSpec {
-        VtepSpec { endpoint: Ipv4Addr::new(172, 16, 2, 10), mac: "de:70:bc:b6:ca:8d".parse().unwrap(), direct }
+        VtepSpec {
+            endpoint: Ipv4Addr::new(172, 16, 2, 10),
+            mac: "de:70:bc:b6:ca:8d".parse().unwrap(),
+            direct,
+        }
     }
 
     fn hop(vlan: Option<u16>, on_link: bool) -> NextHop {
@@ -205,7 +211,10 @@ mod tests {
     fn equals_the_vector() {
         let slot = slot(2, &overlay(), &vtep(false), &hop(None, true));
         assert_eq!(slot.header[..64], blank_vector());
-        assert_eq!((slot.header_len, slot.ip_offset, slot.mtu, slot.ifindex, slot.overlay), (64, 14, 1450, 7, 2));
+        assert_eq!(
+            (slot.header_len, slot.ip_offset, slot.mtu, slot.ifindex, slot.overlay),
+            (64, 14, 1450, 7, 2)
+        );
         assert_eq!(slot.flags, VtepFlags::USED.with(VtepFlags::READY));
         // The base plus the total length gives the vector's checksum.
         assert_eq!(Sum::new(slot.checksum_base).add([0x00, 0x56]).checksum(), [0x1d, 0xa5]);
@@ -257,7 +266,10 @@ mod tests {
     fn unresolved_names_its_owner_only() {
         let slot = slot(1, &overlay(), &vtep(true), &NextHop::Unresolved("no route".to_owned()));
         assert_eq!(slot.flags, VtepFlags::USED);
-        assert_eq!((slot.header_len, slot.endpoint, slot.mac), (0, vtep(true).endpoint.into(), vtep(true).mac));
+        assert_eq!(
+            (slot.header_len, slot.endpoint, slot.mac),
+            (0, vtep(true).endpoint.into(), vtep(true).mac)
+        );
     }
 
     #[test]

@@ -21,10 +21,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::{AddressAttribute, AddressMessage},
-        link::LinkMessage,
-        neighbour::{
-            NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
-        },
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
         route::{RouteAttribute, RouteHeader, RouteMessage, RouteScope},
     },
 };
@@ -184,7 +181,6 @@ impl Device {
             metadata: false,
         };
         let mtu = underlay_mtu.saturating_sub(VXLAN_OVERHEAD);
-        let mac = overlay.mac.octets.to_vec();
         let mut present = host.by_name(&self.name).cloned();
         match present.as_ref().map(|link| &link.kind) {
             None => {}
@@ -193,7 +189,13 @@ impl Device {
                 // VNI, port, address and learning of a device cannot change.
                 let index = present.take().map_or(0, |link| link.index);
                 let action = "delete the device, whose settings are outdated";
-                self.handle.link().del(index).execute().await.map_err(NetlinkError::new(action)).map_err(text)?;
+                self.handle
+                    .link()
+                    .del(index)
+                    .execute()
+                    .await
+                    .map_err(NetlinkError::new(action))
+                    .map_err(text)?;
             }
             Some(_) => {
                 return Err(format!(
@@ -202,61 +204,61 @@ impl Device {
                 ));
             }
         }
-        if let Some(rival) = host.links.values().find(|link| link.name != self.name && conflicts(&link.kind, &wanted)) {
+        if let Some(rival) =
+            host.links.values().find(|link| link.name != self.name && conflicts(&link.kind, &wanted))
+        {
             return Err(format!(
                 "device {} already uses VNI {} on UDP port {}, so there is no slow path (the fast path goes on): remove \
                  that device",
                 rival.name, wanted.vni, wanted.port
             ));
         }
-        let index = match present {
-            Some(link) => {
-                if link.mtu != mtu || link.mac != Some(overlay.mac) || !link.up {
-                    let change = LinkUnspec::new_with_index(link.index)
-                        .mtu(mtu)
-                        .address(mac)
-                        .up()
-                        .build();
-                    self.change(change, "set MTU, address and state").await.map_err(text)?;
-                }
-                link.index
-            }
-            None => {
-                let message = LinkVxlan::new(&self.name, wanted.vni)
-                    .port(wanted.port)
-                    .local(overlay.local)
-                    .learning(false)
-                    .address(mac)
+        let index = if let Some(link) = present {
+            if link.mtu != mtu || link.mac != Some(overlay.mac) || !link.up {
+                let change = LinkUnspec::new_with_index(link.index)
                     .mtu(mtu)
+                    .address(overlay.mac.octets.to_vec())
                     .up()
                     .build();
-                let created = self.handle.link().add(message).execute().await;
-                created.map_err(NetlinkError::new("create the device")).map_err(|error| match error.errno() {
-                    Some(libc::EEXIST) => format!(
-                        "VNI {} on UDP port {} is already in use by another device, so there is no slow path (the fast \
-                         path goes on): find it with `ip -d link show type vxlan` and remove it",
-                        wanted.vni, wanted.port
-                    ),
-                    Some(libc::EOPNOTSUPP) => {
-                        format!("kernel device {}: this kernel has no vxlan: load that module", self.name)
-                    }
-                    _ => text(error),
-                })?;
-                let found =
-                    self.handle.link().get().match_name(self.name.clone()).execute().try_next().await;
-                found
-                    .map_err(NetlinkError::new("find the new device"))
-                    .map_err(text)?
-                    .map(|message| message.header.index)
-                    .ok_or_else(|| format!("kernel device {} vanished", self.name))?
+                let changed = self.handle.link().change(change).execute().await;
+                changed.map_err(NetlinkError::new("set MTU, address and state")).map_err(text)?;
             }
+            link.index
+        } else {
+            self.create(&wanted, mtu).await?
         };
         self.ensure_address(index, host).await.map_err(text)?;
         Ok(index)
     }
 
-    async fn change(&self, message: LinkMessage, action: &str) -> Result<(), NetlinkError> {
-        self.handle.link().change(message).execute().await.map_err(NetlinkError::new(action))
+    async fn create(&self, wanted: &Vxlan, mtu: u32) -> Result<u32, String> {
+        let text = |error: NetlinkError| format!("kernel device {}: {error}", self.name);
+        let message = LinkVxlan::new(&self.name, wanted.vni)
+            .port(wanted.port)
+            .local(self.overlay.local)
+            .learning(false)
+            .address(self.overlay.mac.octets.to_vec())
+            .mtu(mtu)
+            .up()
+            .build();
+        let created = self.handle.link().add(message).execute().await;
+        created.map_err(NetlinkError::new("create the device")).map_err(|error| match error.errno() {
+            Some(libc::EEXIST) => format!(
+                "VNI {} on UDP port {} is already in use by another device, so there is no slow path (the fast path goes \
+                 on): find it with `ip -d link show type vxlan` and remove it",
+                wanted.vni, wanted.port
+            ),
+            Some(libc::EOPNOTSUPP) => {
+                format!("kernel device {}: this kernel has no vxlan: load that module", self.name)
+            }
+            _ => text(error),
+        })?;
+        let found = self.handle.link().get().match_name(self.name.clone()).execute().try_next().await;
+        found
+            .map_err(NetlinkError::new("find the new device"))
+            .map_err(text)?
+            .map(|message| message.header.index)
+            .ok_or_else(|| format!("kernel device {} vanished", self.name))
     }
 
     async fn ensure_address(&self, index: u32, host: &Host) -> Result<(), NetlinkError> {
@@ -317,8 +319,11 @@ impl Device {
             .try_collect()
             .await
             .map_err(NetlinkError::new("list routes"))?;
-        state.routes =
-            routes.iter().filter(|message| self.owns(message)).filter_map(KernelRoute::from_message).collect();
+        state.routes = routes
+            .iter()
+            .filter(|message| self.owns(message))
+            .filter_map(KernelRoute::from_message)
+            .collect();
         Ok(state)
     }
 
@@ -333,7 +338,12 @@ impl Device {
     }
 
     async fn set_neighbour(&self, index: u32, address: Ipv4Addr, mac: Mac) -> Result<(), NetlinkError> {
-        let request = self.handle.neighbours().add(index, IpAddr::V4(address)).link_layer_address(&mac.octets).replace();
+        let request = self
+            .handle
+            .neighbours()
+            .add(index, IpAddr::V4(address))
+            .link_layer_address(&mac.octets)
+            .replace();
         request.execute().await.map_err(NetlinkError::new(format!("set the neighbour {address}")))
     }
 
@@ -481,7 +491,9 @@ fn entry(message: &NeighbourMessage) -> Entry {
     let mut entry = Entry { address: None, mac: None };
     for attribute in &message.attributes {
         match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => entry.address = Some(*address),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
+                entry.address = Some(*address)
+            }
             // In FDB messages the family is the bridge's, so addresses come as bytes.
             NeighbourAttribute::Destination(NeighbourAddress::Other(octets)) => {
                 entry.address = <[u8; 4]>::try_from(octets.as_slice()).ok().map(Ipv4Addr::from);

@@ -16,8 +16,8 @@ use rtnetlink::{
         AddressFamily,
         address::{AddressAttribute, AddressMessage},
         link::{
-            InfoData, InfoKind, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
-            XdpAttached,
+            InfoData, InfoKind, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+            LinkXdp, XdpAttached,
         },
     },
 };
@@ -126,9 +126,15 @@ impl Host {
     ///
     /// The kernel does not answer.
     pub async fn read(handle: &Handle) -> Result<Self, NetlinkError> {
-        let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(NetlinkError::new("list links"))?;
-        let addresses: Vec<_> =
-            handle.address().get().execute().try_collect().await.map_err(NetlinkError::new("list addresses"))?;
+        let links: Vec<_> =
+            handle.link().get().execute().try_collect().await.map_err(NetlinkError::new("list links"))?;
+        let addresses: Vec<_> = handle
+            .address()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(NetlinkError::new("list addresses"))?;
         Ok(Self {
             links: links.iter().filter_map(link).map(|link| (link.index, link)).collect(),
             addresses: addresses.iter().filter_map(address).collect(),

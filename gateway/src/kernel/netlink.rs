@@ -6,9 +6,7 @@ use futures::StreamExt as _;
 use rtnetlink::{
     Handle, MulticastGroup,
     packet_core::NetlinkPayload,
-    packet_route::{
-        AddressFamily, RouteNetlinkMessage, neighbour::NeighbourMessage, route::RouteMessage,
-    },
+    packet_route::{AddressFamily, RouteNetlinkMessage, neighbour::NeighbourMessage, route::RouteMessage},
 };
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -149,8 +147,12 @@ fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
             (!is_ours(&route)).then_some(Event::Routes)
         }
-        RouteNetlinkMessage::NewNeighbour(neighbour) if is_ipv4(&neighbour) => Some(Event::Neighbour(neighbour)),
-        RouteNetlinkMessage::DelNeighbour(neighbour) if is_ipv4(&neighbour) => Some(Event::NeighbourGone(neighbour)),
+        RouteNetlinkMessage::NewNeighbour(neighbour) if is_ipv4(&neighbour) => {
+            Some(Event::Neighbour(neighbour))
+        }
+        RouteNetlinkMessage::DelNeighbour(neighbour) if is_ipv4(&neighbour) => {
+            Some(Event::NeighbourGone(neighbour))
+        }
         _ => None,
     }
 }

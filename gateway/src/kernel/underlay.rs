@@ -16,7 +16,8 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         neighbour::{
-            NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage, NeighbourState,
+            NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
+            NeighbourState,
         },
         route::{RouteAttribute, RouteMessage, RouteMetric, RouteType},
     },
@@ -201,8 +202,12 @@ impl Underlay {
             Some(Route::Unusable(reason)) => return Err(reason.clone()),
             None => return Err("not looked up yet".to_owned()),
         };
-        let link = host.links.get(&ifindex).ok_or_else(|| format!("the route leads to device {ifindex}, which is gone"))?;
-        let (port, vlan) = host.port(link).ok_or_else(|| format!("the device below {} is gone", link.name))?;
+        let link = host
+            .links
+            .get(&ifindex)
+            .ok_or_else(|| format!("the route leads to device {ifindex}, which is gone"))?;
+        let (port, vlan) =
+            host.port(link).ok_or_else(|| format!("the device below {} is gone", link.name))?;
         if !link.up || !port.up {
             return Err(format!("interface {} is down", link.name));
         }
@@ -244,7 +249,9 @@ async fn route(handle: &Handle, path: Path) -> Route {
         Ok(None) => Route::Unusable(format!("no route to {}", path.endpoint)),
         Err(error) => Route::Unusable(match error.errno() {
             Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => format!("no route to {}", path.endpoint),
-            Some(libc::EINVAL) => format!("{} is no address of this host, or its interface is down", path.local),
+            Some(libc::EINVAL) => {
+                format!("{} is no address of this host, or its interface is down", path.local)
+            }
             _ => error.to_string(),
         }),
     }
@@ -262,7 +269,10 @@ fn decision(path: Path, message: &RouteMessage) -> Route {
             RouteAttribute::Oif(index) => ifindex = Some(*index),
             RouteAttribute::Gateway(address) => gateway = ipv4(address),
             RouteAttribute::Via(_) => {
-                return Route::Unusable(format!("the route to {} goes via IPv6, which is not supported", path.endpoint));
+                return Route::Unusable(format!(
+                    "the route to {} goes via IPv6, which is not supported",
+                    path.endpoint
+                ));
             }
             RouteAttribute::Metrics(metrics) => {
                 mtu = metrics.iter().find_map(|metric| match metric {
@@ -285,8 +295,12 @@ fn neighbour(message: &NeighbourMessage) -> Option<(NeighbourKey, Neighbour)> {
     let mut managed = false;
     for attribute in &message.attributes {
         match attribute {
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(destination)) => address = Some(*destination),
-            NeighbourAttribute::LinkLayerAddress(octets) => mac = octets.as_slice().try_into().ok().map(Mac::new),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(destination)) => {
+                address = Some(*destination)
+            }
+            NeighbourAttribute::LinkLayerAddress(octets) => {
+                mac = octets.as_slice().try_into().ok().map(Mac::new)
+            }
             NeighbourAttribute::ExtFlags(flags) => managed = flags.contains(NeighbourExtFlags::Managed),
             _ => {}
         }
@@ -311,8 +325,13 @@ fn neighbour(message: &NeighbourMessage) -> Option<(NeighbourKey, Neighbour)> {
 }
 
 /// Sets or clears the managed flag of a neighbour; setting creates it. Clearing goes by an ordinary use of the entry.
-async fn manage(handle: &Handle, (ifindex, address): NeighbourKey, managed: bool) -> Result<(), NetlinkError> {
-    let mut request = handle.neighbours().add(ifindex, IpAddr::V4(address)).state(NeighbourState::None).replace();
+async fn manage(
+    handle: &Handle,
+    (ifindex, address): NeighbourKey,
+    managed: bool,
+) -> Result<(), NetlinkError> {
+    let mut request =
+        handle.neighbours().add(ifindex, IpAddr::V4(address)).state(NeighbourState::None).replace();
     let attributes = &mut request.message_mut().attributes;
     attributes.push(NeighbourAttribute::Protocol(PROTOCOL));
     if managed {

@@ -259,7 +259,7 @@ impl Planner {
                 }
             }
         }
-        found.sort_by(|(a, _), (b, _)| a.cmp(b));
+        found.sort_by_key(|(pod, _)| *pod);
         found.into_iter().map(|(_, problem)| problem).collect()
     }
 }

@@ -87,7 +87,7 @@ impl NodeText {
             ("backend-data", format!(r#"{{"VNI":1,"VtepMAC":"0e:00:00:00:00:{:02x}"}}"#, self.mac)),
             ("public-ip", format!("172.16.2.{}", self.endpoint)),
         ];
-        Object::Node(Node {
+        Object::Node(Box::new(Node {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
                 creation_timestamp: time(self.created),
@@ -107,7 +107,7 @@ impl NodeText {
                 }]),
                 ..NodeStatus::default()
             }),
-        })
+        }))
     }
 }
 
@@ -119,7 +119,7 @@ fn pod(
     terminating: bool,
     phase: &str,
 ) -> Object {
-    Object::Pod(Pod {
+    Object::Pod(Box::new(Pod {
         metadata: ObjectMeta {
             name: Some(name.into()),
             namespace: Some("default".into()),
@@ -133,7 +133,7 @@ fn pod(
             pod_ip: Some(address.into()),
             ..PodStatus::default()
         }),
-    })
+    }))
 }
 
 fn running(name: &str, node: &str, address: &str) -> Object {

@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write},
     os::unix::process::ExitStatusExt,
+    path::PathBuf,
     process::{Command, ExitCode},
     thread,
 };
@@ -96,10 +97,16 @@ fn up() -> Result<()> {
 
 #[derive(Serialize)]
 struct Status {
-    #[serde(flatten)]
-    standing: Standing,
-    gateway_running: bool,
+    directory: PathBuf,
+    config: PathBuf,
+    gateway: GatewayStatus,
     hosts: Vec<HostStatus>,
+}
+
+#[derive(Serialize)]
+struct GatewayStatus {
+    pid: u32,
+    running: bool,
 }
 
 #[derive(Serialize)]
@@ -110,22 +117,21 @@ struct HostStatus {
 }
 
 fn status(json: bool) -> Result<()> {
-    let mut standing = Standing::get()?;
+    let standing = Standing::get()?;
     let mut hosts = Vec::new();
-    for place in std::mem::take(&mut standing.hosts) {
-        let interfaces = standing.open(&place)?.interfaces()?;
-        hosts.push(HostStatus { place, interfaces });
+    for place in &standing.hosts {
+        hosts.push(HostStatus { interfaces: standing.open(place)?.interfaces()?, place: place.clone() });
     }
-    let gateway_running = standing.gateway_running();
+    let gateway = GatewayStatus { pid: standing.gateway, running: standing.gateway_running() };
     let mut out = io::stdout().lock();
     if json {
-        serde_json::to_writer_pretty(&mut out, &Status { standing, gateway_running, hosts })
-            .map_err(io::Error::from)?;
+        let status = Status { directory: standing.directory, config: standing.config, gateway, hosts };
+        serde_json::to_writer_pretty(&mut out, &status).map_err(io::Error::from)?;
         writeln!(out)?;
         return Ok(());
     }
-    let state = if gateway_running { "runs" } else { "has ended; its tables still forward" };
-    writeln!(out, "gateway   process {} {state}", standing.gateway)?;
+    let state = if gateway.running { "runs" } else { "has ended; its tables still forward" };
+    writeln!(out, "gateway   process {} {state}", gateway.pid)?;
     writeln!(out, "config    {}", standing.config.display())?;
     writeln!(
         out,

@@ -27,6 +27,7 @@ use super::{
     host::{Host, Role},
     manifest::{self, NodeFacts, PodFacts},
     netns::{self, Namespace},
+    pass,
     registry::{self, Claim},
     wiring::{self, End, Via, Vxlan},
 };
@@ -249,9 +250,9 @@ impl Flannel {
         let namespace = host.namespace();
         self.plug(host, NIC, UNDERLAY_SWITCH, Some(node.mac()))?;
         wiring::address(namespace, NIC, net(node.endpoint(), 24))?;
-        wiring::sysctl(namespace, "ipv4.ip_forward", "1")?;
+        wiring::sysctl(namespace, "ipv4/ip_forward", "1")?;
         // Strict, as many distributions have it: what a node takes from the tunnel must also go back there.
-        wiring::sysctl(namespace, "ipv4.conf.all.rp_filter", "1")?;
+        wiring::sysctl(namespace, "ipv4/conf/all/rp_filter", "1")?;
 
         let device = Vxlan {
             name: FLANNEL,
@@ -329,7 +330,15 @@ impl Flannel {
 
     fn add_switch(&mut self, name: &str) -> Result<()> {
         self.add_host(name, Role::Switch)?;
-        wiring::bridge(self.host(name)?.namespace(), SWITCH, MTU)
+        let namespace = self.host(name)?.namespace();
+        // A switch looks at no IP header, but with br_netfilter in the kernel Linux' bridge would drop malformed packets.
+        for family in ["ip", "ip6", "arp"] {
+            let key = format!("bridge/bridge-nf-call-{family}tables");
+            if wiring::has_sysctl(namespace, &key)? {
+                wiring::sysctl(namespace, &key, "0")?;
+            }
+        }
+        wiring::bridge(namespace, SWITCH, MTU)
     }
 
     fn add_client(&mut self, number: u8) -> Result<()> {
@@ -353,8 +362,8 @@ impl Flannel {
         self.plug(host, UNDERLAY, UNDERLAY_SWITCH, Some(Mac::new([0x52, 0x54, 0, 0, 2, 200])))?;
         wiring::address(host.namespace(), EXTERNAL, net(GATEWAY_ROUTER, 24))?;
         wiring::address(host.namespace(), UNDERLAY, net(GATEWAY_ENDPOINT, 24))?;
-        wiring::sysctl(host.namespace(), "ipv4.ip_forward", "1")?;
-        wiring::sysctl(host.namespace(), "ipv4.conf.all.rp_filter", "2")?;
+        wiring::sysctl(host.namespace(), "ipv4/ip_forward", "1")?;
+        wiring::sysctl(host.namespace(), "ipv4/conf/all/rp_filter", "2")?;
         fs::write(self.config(), self.configuration())
             .with_context(|| format!("cannot write {}", self.config().display()))?;
         // Its Node object is what made the nodes learn it; the gateway must know itself in it.
@@ -405,8 +414,8 @@ network = "{NETWORK}"
         let namespace = Namespace::create(&registry::namespace_of(self.id(), name))?;
         wiring::up(&namespace, "lo")?;
         // Router solicitations and the like would only blur captures and counters.
-        wiring::sysctl(&namespace, "ipv6.conf.all.disable_ipv6", "1")?;
-        wiring::sysctl(&namespace, "ipv6.conf.default.disable_ipv6", "1")?;
+        wiring::sysctl(&namespace, "ipv6/conf/all/disable_ipv6", "1")?;
+        wiring::sysctl(&namespace, "ipv6/conf/default/disable_ipv6", "1")?;
         self.hosts.insert(name.to_owned(), Host::new(name, role, namespace, &self.directory));
         Ok(())
     }
@@ -429,7 +438,10 @@ network = "{NETWORK}"
         )?;
         wiring::enslave(switch.namespace(), host.name(), SWITCH)?;
         host.offload(interface, &["tx", "off"])?;
-        switch.offload(host.name(), &["gro", "on"])
+        if host.role() == Role::Gateway {
+            pass::attach(switch.namespace(), host.name())?;
+        }
+        Ok(())
     }
 }
 

@@ -16,13 +16,14 @@ use super::{
     flannel::{EXTERNAL, Flannel, UNDERLAY},
     host::Host,
     process::Process,
-    profile_directory, wait_until,
+    profile_directory, traffic, wait_until,
 };
 
 /// Names the gateway's program when it is not the one that lies beside this.
 pub const PROGRAM_VARIABLE: &str = "GATEWAY_BIN";
 
 const START: Duration = Duration::from_secs(15);
+const READY: Duration = Duration::from_secs(5);
 
 /// A gateway that runs.
 #[derive(Debug)]
@@ -41,6 +42,18 @@ impl Gateway {
         let mut gateway = Self { program, config, process };
         gateway.wait_attached(lab.gateway())?;
         Ok(gateway)
+    }
+
+    /// Waits until every node's first pod answers both clients.
+    pub fn wait_ready(&self, lab: &Flannel) -> Result<()> {
+        // The client with a router first: one that asks by ARP too early asks again only after a second.
+        for client in [2, 1] {
+            for node in lab.nodes() {
+                traffic::wait_reachable(lab.client(client), node.pod_address(1), true, READY)
+                    .with_context(|| format!("log: {}", self.process.log().display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// The daemon.
@@ -67,7 +80,7 @@ impl Gateway {
             shown.as_array().or_else(|| shown["counters"].as_array()).context("no list of counters")?;
         rows.iter()
             .map(|row| {
-                let label = row["label"].as_str().context("a counter without label")?;
+                let label = row["outcome"].as_str().context("a counter without a name")?;
                 let packets = row["packets"].as_u64().with_context(|| format!("{label} without packets"))?;
                 Ok((label.to_owned(), packets))
             })
@@ -128,8 +141,7 @@ pub fn attached(host: &Host, interface: &str) -> Result<bool> {
 pub fn command(program: &Path, config: &Path, verb: &[&str]) -> Result<Vec<String>> {
     let words = [program.to_str(), config.to_str()];
     let [Some(program), Some(config)] = words else { bail!("a path is not UTF-8: {words:?}") };
-    let mut command = vec![program.to_owned()];
-    command.extend(verb.iter().map(|word| (*word).to_owned()));
-    command.extend(["--config".to_owned(), config.to_owned()]);
-    Ok(command)
+    let (first, rest) = verb.split_first().context("a call of the gateway needs a verb")?;
+    let words = [&[program, first, "--config", config], rest].concat();
+    Ok(words.into_iter().map(str::to_owned).collect())
 }

@@ -9,6 +9,8 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -21,6 +23,9 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use super::{capture::Capture, netns::Namespace, process::Process};
+
+/// Frames sent at once.
+const BURST: usize = 32;
 
 /// What a host stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,7 +150,7 @@ impl Host {
         self.inject_all(interface, [frame])
     }
 
-    /// Sends frames as [`Self::inject`] does, in order.
+    /// Sends frames as [`Self::inject`] does, in order and in small bursts.
     pub fn inject_all<'a>(
         &self,
         interface: &str,
@@ -155,7 +160,11 @@ impl Host {
             let address = link_address(interface).with_context(|| self.name.clone())?;
             let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
                 .with_context(|| format!("{}: cannot open a packet socket", self.name))?;
-            for frame in frames {
+            for (number, frame) in frames.into_iter().enumerate() {
+                // A veth device with an XDP program queues 256 frames (VETH_RING_SIZE) and drops the rest.
+                if number % BURST == BURST - 1 {
+                    thread::sleep(Duration::from_millis(5));
+                }
                 sendto(socket.as_raw_fd(), frame, &address, MsgFlags::empty()).with_context(|| {
                     format!("{}: cannot send {} bytes out of {interface}", self.name, frame.len())
                 })?;

@@ -8,8 +8,9 @@
 //! - [`registry`]: how labs end.
 //!
 //! Two properties of veth devices shape the wiring. Packets that the kernel itself sends carry unfinished checksums,
-//! so senders have transmit checksum offload off (an XDP program would freeze what is unfinished). And a frame that
-//! XDP redirects into a veth device arrives only if its peer polls (NAPI): the switch ports facing the gateway have GRO on.
+//! so senders have transmit checksum offload off (an XDP program would freeze what is unfinished). And what XDP sends
+//! out of a veth device arrives only if the far end polls, so the switch ports that face the gateway have an XDP program
+//! that passes everything ([`pass`]).
 
 pub mod capture;
 pub mod flannel;
@@ -18,6 +19,7 @@ pub mod gateway;
 pub mod host;
 pub mod manifest;
 pub mod netns;
+pub mod pass;
 pub mod process;
 pub mod registry;
 pub mod standing;

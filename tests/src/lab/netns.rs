@@ -30,12 +30,11 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a new namespace and keeps it under `name`.
+    /// Makes a new namespace and keeps it under `name`; [`prepare`] comes first.
     ///
     /// # Errors
     /// When the name is taken, or this process may not make namespaces (it needs `CAP_SYS_ADMIN`).
     pub fn create(name: &str) -> Result<Self> {
-        fs::create_dir_all(DIRECTORY).with_context(|| format!("cannot create {DIRECTORY}: run as root"))?;
         let path = path_of(name);
         File::options()
             .write(true)
@@ -87,6 +86,26 @@ impl Namespace {
             thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload))
         })
     }
+}
+
+/// Makes [`DIRECTORY`] what iproute2 wants it to be: a shared mount of its own. Otherwise the first `ip netns add` of
+/// anybody mounts it over itself with all that is mounted in it, and the mounts below can no longer be removed.
+///
+/// To be called by one process at a time.
+pub fn prepare() -> Result<()> {
+    fs::create_dir_all(DIRECTORY).with_context(|| format!("cannot create {DIRECTORY}: run as root"))?;
+    let none = None::<&str>;
+    let share = || mount(none, DIRECTORY, none, MsFlags::MS_SHARED | MsFlags::MS_REC, none);
+    match share() {
+        Ok(()) => Ok(()),
+        // No mount yet.
+        Err(Errno::EINVAL) => {
+            mount(Some(DIRECTORY), DIRECTORY, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+                .and_then(|()| share())
+        }
+        Err(errno) => Err(errno),
+    }
+    .with_context(|| format!("cannot mount {DIRECTORY} over itself: run as root"))
 }
 
 /// Names of all namespaces that begin with `prefix`.

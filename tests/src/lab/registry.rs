@@ -27,7 +27,9 @@ use super::netns;
 pub const STANDING: &str = "up";
 
 const DIRECTORY: &str = "/run/gateway-lab";
+/// Where gateways pin tables, and where they keep locks and status; one directory for each instance.
 const BPFFS: &str = "/sys/fs/bpf/gateway";
+const RUN: &str = "/run/gateway";
 
 static LIVE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -43,6 +45,7 @@ impl Claim {
     /// A new id for a lab that ends with this process. Labs whose owners died are removed first.
     pub fn transient() -> Result<Self> {
         let _guard = exclusive()?;
+        netns::prepare()?;
         sweep()?;
         let id = format!("{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = lock_path(&id);
@@ -57,6 +60,7 @@ impl Claim {
     /// The id of the standing lab; until [`Self::keep`] it ends like any other.
     pub fn standing() -> Result<Self> {
         let _guard = exclusive()?;
+        netns::prepare()?;
         sweep()?;
         end_on_signals();
         live().insert(STANDING.to_owned());
@@ -93,15 +97,25 @@ pub fn namespace_of(id: &str, host: &str) -> String {
     format!("{}{host}", prefix(id))
 }
 
-/// Removes all that belongs to the lab: processes, namespaces, what its gateway pinned.
+/// Whether the lab has namespaces.
+pub fn exists(id: &str) -> Result<bool> {
+    Ok(!netns::list(&prefix(id))?.is_empty())
+}
+
+/// Removes all that belongs to the lab: processes, namespaces, what its gateway pinned and noted.
 pub fn remove(id: &str) -> Result<()> {
     netns::remove(&netns::list(&prefix(id))?)?;
-    let pins = Path::new(BPFFS).join(instance(id));
-    match fs::remove_dir_all(&pins) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error).with_context(|| format!("cannot remove {}", pins.display())),
+    for directory in [BPFFS, RUN] {
+        let directory = Path::new(directory).join(instance(id));
+        match fs::remove_dir_all(&directory) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot remove {}", directory.display()));
+            }
+        }
     }
+    Ok(())
 }
 
 /// Name of the gateway instance in the lab.

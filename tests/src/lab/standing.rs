@@ -40,18 +40,19 @@ pub struct Place {
 }
 
 impl Standing {
-    /// Builds the lab and starts its gateway.
+    /// Builds the lab, starts its gateway and waits until it reaches the pods.
     ///
     /// # Errors
     /// When it stands already, or something cannot be made; then what was made is removed.
     pub fn up() -> Result<Self> {
-        if Self::find()?.is_some() {
+        // A state file without namespaces is what a reboot or an interrupted `down` leaves.
+        if Self::find()?.is_some() && registry::exists(STANDING)? {
             bail!("the lab is up already; `cargo xtask lab status` shows it, `cargo xtask lab down` ends it");
         }
-        // What an interrupted `up` or `down` may have left.
         registry::remove(STANDING)?;
         let lab = Flannel::build(Claim::standing()?, &evidence_directory(STANDING)?)?;
         let gateway = Gateway::start(&lab)?;
+        gateway.wait_ready(&lab)?;
         let hosts = lab
             .hosts()
             .map(|host| Place {

@@ -4,6 +4,7 @@ use std::{
     fs,
     net::{IpAddr, Ipv4Addr},
     os::fd::AsRawFd,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, anyhow};
@@ -198,13 +199,22 @@ pub fn delete_fdb(namespace: &Namespace, name: &str, mac: Mac, endpoint: Ipv4Add
     })
 }
 
-/// Sets `net.<key>`, with dots or slashes in the key.
+/// Sets `net.<key>`; `/` parts the key, as interface names may contain dots.
 pub fn sysctl(namespace: &Namespace, key: &str, value: &str) -> Result<()> {
     namespace.enter(|| {
-        let path = format!("/proc/sys/net/{}", key.replace('.', "/"));
+        let path = sysctl_path(key);
         fs::write(&path, value)
-            .with_context(|| format!("cannot set {path} to {value} in {}", namespace.name()))
+            .with_context(|| format!("cannot set {} to {value} in {}", path.display(), namespace.name()))
     })
+}
+
+/// Whether the kernel has `net.<key>`.
+pub fn has_sysctl(namespace: &Namespace, key: &str) -> Result<bool> {
+    namespace.enter(|| Ok(sysctl_path(key).exists()))
+}
+
+fn sysctl_path(key: &str) -> PathBuf {
+    Path::new("/proc/sys/net").join(key)
 }
 
 fn route_message(destination: Ipv4Net, via: Via<'_>) -> Result<RouteMessageBuilder<Ipv4Addr>> {
@@ -224,7 +234,7 @@ fn index(name: &str) -> Result<u32> {
 }
 
 /// Runs one netlink conversation inside the namespace; `what` names it in errors.
-fn netlink<T: Send>(
+pub(super) fn netlink<T: Send>(
     namespace: &Namespace,
     what: &str,
     talk: impl AsyncFnOnce(Handle) -> Result<T> + Send,

@@ -33,7 +33,13 @@ pub(crate) struct Case {
 }
 
 impl Case {
-    fn new(name: impl Into<String>, outcome: Outcome, returned: Returned, input: Vec<u8>, output: Output) -> Self {
+    fn new(
+        name: impl Into<String>,
+        outcome: Outcome,
+        returned: Returned,
+        input: Vec<u8>,
+        output: Output,
+    ) -> Self {
         Self { name: name.into(), outcome, returned, input, output, metadata: 0 }
     }
 
@@ -48,12 +54,22 @@ impl Case {
     }
 
     /// Leaves by the interface it came from.
-    pub(crate) fn transmit(name: impl Into<String>, outcome: Outcome, input: Vec<u8>, output: Vec<u8>) -> Self {
+    pub(crate) fn transmit(
+        name: impl Into<String>,
+        outcome: Outcome,
+        input: Vec<u8>,
+        output: Vec<u8>,
+    ) -> Self {
         Self::new(name, outcome, Returned::Transmit, input, Output::Bytes(output))
     }
 
     /// Leaves by another interface.
-    pub(crate) fn redirect(name: impl Into<String>, outcome: Outcome, input: Vec<u8>, output: Vec<u8>) -> Self {
+    pub(crate) fn redirect(
+        name: impl Into<String>,
+        outcome: Outcome,
+        input: Vec<u8>,
+        output: Vec<u8>,
+    ) -> Self {
         Self::new(name, outcome, Returned::Redirect, input, Output::Bytes(output))
     }
 
@@ -68,7 +84,13 @@ impl Case {
     ) -> Self {
         let same = node.ifindex == world.ports.own.index;
         let returned = if same { Returned::Transmit } else { Returned::Redirect };
-        Self::new(name, outcome, returned, input, Output::WithSourcePort(node.link.len() + 20, Box::new(output)))
+        Self::new(
+            name,
+            outcome,
+            returned,
+            input,
+            Output::WithSourcePort(node.link.len() + 20, Box::new(output)),
+        )
     }
 
     /// A client's packet that leaves through the tunnel to node `id`.
@@ -95,7 +117,10 @@ impl Case {
         };
         let one = Counters([(self.outcome.number(), (1, self.input.len() as u64))].into());
         if counted != one {
-            return fault(format!("{:?} should be counted once, but (packets, bytes) are {counted:?}", self.outcome));
+            return fault(format!(
+                "{:?} should be counted once, but (packets, bytes) are {counted:?}",
+                self.outcome
+            ));
         }
         if returned != self.returned {
             return fault(format!("returned {returned:?} instead of {:?}", self.returned));
@@ -105,7 +130,11 @@ impl Case {
             Some(expected) if expected != output => {
                 let at = expected.iter().zip(&output).position(|(a, b)| a != b);
                 let at = at.unwrap_or(expected.len().min(output.len()));
-                fault(format!("{} bytes instead of {}, different from byte {at}", output.len(), expected.len()))
+                fault(format!(
+                    "{} bytes instead of {}, different from byte {at}",
+                    output.len(),
+                    expected.len()
+                ))
             }
             Some(_) => Ok(()),
         }
@@ -148,7 +177,7 @@ impl FromNode {
         let node = &world.nodes[&id];
         let overlay = world.config().overlays[node.overlay];
         Self {
-            link: world.from_underlay(),
+            link: world.underlay_link(),
             outer: Ip::new(node.endpoint, overlay.local.octets, UDP, Vec::new()),
             port: overlay.port.get(),
             header: vxlan_header(overlay.vni.get()),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use gateway_common::{
-    abi::{Outcome, OverlayFlags},
+    abi::{Outcome, OverlayFlags, Roles},
     wire::Mac,
 };
 
@@ -11,10 +11,11 @@ use crate::{
     case::{Case, FromNode, check_all},
     packet::{ARP, Address, Arp, IPV4, IPV6, Ip, Link, hex},
     rig::{self, CLIENT},
-    subject::Subject,
+    subject::{Counters, Subject},
     world::{
-        self, CILIUM, CILIUM_ADDRESS, DIRECT, DIRECT_TAGGED, OTHER_PORT, OVERLAY_ADDRESS, PLAIN, TAGGED, UNRESOLVED,
-        VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE, VLAN_OUT, VLAN_UNDERLAY, VNI_ZERO, World, pod,
+        self, CILIUM, CILIUM_ADDRESS, DIRECT, DIRECT_TAGGED, Node, OTHER_PORT, OVERLAY_ADDRESS, PLAIN,
+        TAGGED, UNRESOLVED, VLAN_BOTH, VLAN_EXTERNAL, VLAN_IDLE, VLAN_OUT, VLAN_UNDERLAY, VNI_ZERO, World,
+        pod,
     },
 };
 
@@ -45,8 +46,19 @@ const DECAPSULATED_ECN: [[Option<u8>; 4]; 4] = [
 ];
 
 fn cases(world: &World) -> Vec<Case> {
-    let parts =
-        [vectors, encap, refused_clients, direct, decap, refused_tunnels, outward, arp, tunnel_arp, links, kernels];
+    let parts = [
+        vectors,
+        encap,
+        refused_clients,
+        direct,
+        decap,
+        refused_tunnels,
+        outward,
+        arp,
+        tunnel_arp,
+        links,
+        kernels,
+    ];
     parts.into_iter().flat_map(|part| part(world)).collect()
 }
 
@@ -79,7 +91,7 @@ fn source_ports_follow_flows() {
         let world = World::new(ports);
         let subject = Subject::load(&world.tables);
         let port_of = |packet: &Ip| {
-            let (_, output) = subject.run(&world.from_client().ip(packet));
+            let (_, output) = subject.run(&world.client_link().ip(packet));
             u16::from_be_bytes([output[34], output[35]])
         };
         let flow = |port: u16| Ip::udp(CLIENT, pod(PLAIN), (port, 80), b"data");
@@ -87,11 +99,105 @@ fn source_ports_follow_flows() {
         // 1024 balls in 16384 bins leave 992 distinct ones on average, with a deviation of 6.
         let ports: BTreeSet<u16> = (0..1024).map(|port| port_of(&flow(port))).collect();
         assert!(ports.len() > 950, "{} distinct source ports for 1024 flows", ports.len());
-        let echoes: BTreeSet<u16> = (0..64).map(|id| port_of(&Ip::echo(CLIENT, pod(PLAIN), id, b""))).collect();
+        let echoes: BTreeSet<u16> =
+            (0..64).map(|id| port_of(&Ip::echo(CLIENT, pod(PLAIN), id, b""))).collect();
         assert!(echoes.len() > 55, "{} distinct source ports for 64 echo identifiers", echoes.len());
         let first = Ip { more_fragments: true, ..flow(7) };
         let later = Ip { offset: 100, payload: vec![0x55; 64], ..flow(8) };
         assert_eq!(port_of(&first), port_of(&later));
+    });
+}
+
+/// The identification goes through all its values, so the header checksums do too: before and after the TTL goes down, and
+/// when the ECN bits change as well. RFC 1624 is about the values where careless updates go wrong.
+#[test]
+fn header_checksums_are_right_for_every_value() {
+    rig::inside(|ports| {
+        let world = World::new(ports);
+        let subject = Subject::load(&world.tables);
+        let (link, to_client, node) = (world.client_link(), world.to_client(), &world.nodes[&DIRECT]);
+        for id in 0..=u16::MAX {
+            let out = Ip { id, ..Ip::new(CLIENT, pod(DIRECT), 6, Vec::new()) };
+            let (_, routed) = subject.run(&link.ip(&out));
+            assert_eq!(routed, node.link.ip(&out.hop()), "to a direct node, identification {id}");
+
+            let back = Ip { id, tos: 2, ..Ip::new(pod(PLAIN), CLIENT, 6, Vec::new()) };
+            let congested = FromNode::new(&world, PLAIN, &back).with(|p| p.outer.tos = 3);
+            let (_, taken_out) = subject.run(&congested.bytes());
+            assert_eq!(
+                taken_out,
+                to_client.ip(&Ip { tos: 3, ..back.hop() }),
+                "out of the tunnel, identification {id}"
+            );
+        }
+    });
+}
+
+/// The outer checksum is a base from userspace and what the packet adds to it: here for many bases and all lengths.
+#[test]
+fn outer_checksums_are_right_for_every_length() {
+    rig::inside(|ports| {
+        let world = World::new(ports);
+        let mut subject = Subject::load(&world.tables);
+        for length in 0..=1430_u16 {
+            let [high, low] = length.wrapping_mul(47).to_be_bytes();
+            let node = Node { endpoint: [172, 20, high, low], ..world.nodes[&PLAIN].clone() };
+            subject.set_vtep(PLAIN, world::entry(node.slot(world.config())));
+            let packet = Ip { tos: high & 3, ..Ip::new(CLIENT, pod(PLAIN), 6, vec![0x42; length.into()]) };
+            let (_, output) = subject.run(&world.client_link().ip(&packet));
+            let port = u16::from_be_bytes([output[34], output[35]]);
+            assert_eq!(
+                output,
+                node.carries(world.config(), &packet, port),
+                "{length} bytes to {:?}",
+                node.endpoint
+            );
+        }
+    });
+}
+
+/// What an interface may do comes from its roles; the tables are the same.
+#[test]
+fn roles_decide() {
+    rig::inside(|ports| {
+        let world = World::new(ports);
+        let client = world.client_link().ip(&ping());
+        let node = FromNode::new(&world, PLAIN, &answer(PLAIN, CLIENT)).bytes();
+        let plain = world.underlay_link().ip(&answer(DIRECT, CLIENT));
+        let arp = Arp::request(rig::CLIENT_MAC, CLIENT, pod(PLAIN)).bytes();
+        let arp = Link::new(Mac::BROADCAST, rig::CLIENT_MAC).frame(ARP, &arp);
+        let expectations = [
+            (Roles::NONE, [Outcome::NoRole; 4]),
+            (
+                Roles::EXTERNAL,
+                [Outcome::Encap, Outcome::TunnelPortExternal, Outcome::NoRoute, Outcome::ArpReply],
+            ),
+            (Roles::UNDERLAY, [Outcome::NoRoute, Outcome::Decap, Outcome::DirectIn, Outcome::ArpOther]),
+            (Roles::BOTH, [Outcome::Encap, Outcome::Decap, Outcome::DirectIn, Outcome::ArpReply]),
+        ];
+        for (roles, outcomes) in expectations {
+            let mut tables = world.tables.clone();
+            tables.config.roles = roles;
+            let subject = Subject::load(&tables);
+            for (frame, outcome) in [&client, &node, &plain, &arp].into_iter().zip(outcomes) {
+                let before = subject.counters();
+                subject.run(frame);
+                let counted = &subject.counters() - &before;
+                let once = Counters([(outcome.number(), (1, frame.len() as u64))].into());
+                assert_eq!(counted, once, "{roles:?}: {outcome:?} is expected");
+            }
+        }
+    });
+}
+
+/// An interface that does not forward: the kernel is asked, refuses, and gets the frame.
+#[test]
+fn forwarding_switched_off() {
+    rig::inside(|ports| {
+        let mut world = World::new(ports);
+        world.tables.config.ifindex = ports.still.index;
+        let frame = FromNode::new(&world, PLAIN, &answer(PLAIN, CLIENT)).bytes();
+        check_all(&Subject::load(&world.tables), &[Case::pass("forwarding-off", Outcome::OutRefused, frame)]);
     });
 }
 
@@ -109,7 +215,7 @@ fn vectors(world: &World) -> Vec<Case> {
         world,
         Outcome::Encap,
         &world.nodes[&PLAIN],
-        world.from_client().ip(&ping()),
+        world.client_link().ip(&ping()),
         with_port(34, vector),
     );
     let cilium = &world.nodes[&CILIUM];
@@ -120,7 +226,8 @@ fn vectors(world: &World) -> Vec<Case> {
     request[4..6].copy_from_slice(&length.to_be_bytes());
     let mut answer = request.clone();
     answer[8..].copy_from_slice(&hex(ARP_ANSWER));
-    let answer = cilium.link.ip(&Ip { payload: answer, ..Ip::new(rig::UNDERLAY, cilium.endpoint, 17, Vec::new()) });
+    let answer =
+        cilium.link.ip(&Ip { payload: answer, ..Ip::new(rig::UNDERLAY, cilium.endpoint, 17, Vec::new()) });
     let arp = Case::to_node(
         "vector-arp",
         world,
@@ -133,15 +240,27 @@ fn vectors(world: &World) -> Vec<Case> {
 }
 
 fn encap(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let data = vec![0xa5; 200];
     let to = |id| Ip::udp(CLIENT, pod(id), (40_000, 80), &data);
     let mut cases = vec![
         Case::encap("encap-udp", world, PLAIN, link, &to(PLAIN)),
         Case::encap("encap-tcp", world, PLAIN, link, &Ip::tcp(CLIENT, pod(PLAIN), (40_000, 80), &data)),
         Case::encap("encap-prefix", world, PLAIN, link, &Ip::udp(CLIENT, [10, 244, 1, 200], (1, 2), &data)),
-        Case::encap("encap-exact-before-prefix", world, TAGGED, link, &Ip::udp(CLIENT, world::MOVED_POD, (1, 2), &data)),
-        Case::encap("encap-other-protocol", world, PLAIN, link, &Ip::new(CLIENT, pod(PLAIN), 47, data.clone())),
+        Case::encap(
+            "encap-exact-before-prefix",
+            world,
+            TAGGED,
+            link,
+            &Ip::udp(CLIENT, world::MOVED_POD, (1, 2), &data),
+        ),
+        Case::encap(
+            "encap-other-protocol",
+            world,
+            PLAIN,
+            link,
+            &Ip::new(CLIENT, pod(PLAIN), 47, data.clone()),
+        ),
         Case::encap("encap-no-payload", world, PLAIN, link, &Ip::new(CLIENT, pod(PLAIN), 6, Vec::new())),
         Case::encap("encap-largest", world, PLAIN, link, &Ip::udp(CLIENT, pod(PLAIN), (1, 2), &[0; 1422])),
         Case::encap("encap-tag-out", world, TAGGED, link, &to(TAGGED)),
@@ -158,7 +277,13 @@ fn encap(world: &World) -> Vec<Case> {
             link,
             &Ip::udp([10, 61, 0, 5], pod(OTHER_PORT), (1, 2), &data),
         ),
-        Case::encap("encap-vni-0", world, VNI_ZERO, link, &Ip::udp([10, 71, 0, 5], pod(VNI_ZERO), (1, 2), &data)),
+        Case::encap(
+            "encap-vni-0",
+            world,
+            VNI_ZERO,
+            link,
+            &Ip::udp([10, 71, 0, 5], pod(VNI_ZERO), (1, 2), &data),
+        ),
     ];
     for ttl in [2, 64, 255] {
         cases.push(Case::encap(format!("encap-ttl-{ttl}"), world, PLAIN, link, &Ip { ttl, ..to(PLAIN) }));
@@ -179,9 +304,11 @@ fn encap(world: &World) -> Vec<Case> {
         }
     }
     // Unset, set, inherited; with the inner bit off and on.
-    for (id, client, expected) in
-        [(PLAIN, CLIENT, [false, false]), (TAGGED, CLIENT, [true, true]), (CILIUM, [10, 0, 1, 77], [false, true])]
-    {
+    for (id, client, expected) in [
+        (PLAIN, CLIENT, [false, false]),
+        (TAGGED, CLIENT, [true, true]),
+        (CILIUM, [10, 0, 1, 77], [false, true]),
+    ] {
         for (inner_df, outer_df) in [false, true].into_iter().zip(expected) {
             let packet = Ip { dont_fragment: inner_df, ..Ip::udp(client, pod(id), (5, 6), &data) };
             let (node, config, inner) = (world.nodes[&id].clone(), *world.config(), packet.clone());
@@ -200,7 +327,7 @@ fn encap(world: &World) -> Vec<Case> {
 
 /// A client's packet that the program must not carry.
 fn refused_clients(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let to = |address| Ip::udp(CLIENT, address, (40_000, 80), b"data");
     let options = vec![0x94, 4, 0, 0]; // router alert, RFC 2113
     let mut cases = vec![
@@ -224,7 +351,11 @@ fn refused_clients(world: &World) -> Vec<Case> {
         ),
     ];
     for ttl in [0, 1] {
-        cases.push(Case::pass(format!("ttl-{ttl}"), Outcome::TtlExpired, link.ip(&Ip { ttl, ..to(pod(PLAIN)) })));
+        cases.push(Case::pass(
+            format!("ttl-{ttl}"),
+            Outcome::TtlExpired,
+            link.ip(&Ip { ttl, ..to(pod(PLAIN)) }),
+        ));
     }
     // RFC 1812 section 5.2.2.
     let whole = link.ip(&to(pod(PLAIN)));
@@ -250,7 +381,7 @@ fn refused_clients(world: &World) -> Vec<Case> {
 
 /// Nodes that are reached without a tunnel, both ways.
 fn direct(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let mut cases = Vec::new();
     for (name, id, link) in [
         ("direct", DIRECT, link),
@@ -266,7 +397,7 @@ fn direct(world: &World) -> Vec<Case> {
         });
     }
     let back = |to| Ip::tcp(pod(DIRECT), to, (80, 40_000), b"answer");
-    let from = world.from_underlay();
+    let from = world.underlay_link();
     cases.extend([
         Case::redirect(
             "direct-return",
@@ -287,18 +418,18 @@ fn direct(world: &World) -> Vec<Case> {
             Link::new(rig::CLIENT_SAME_PORT_MAC, world.ports.own.mac).ip(&back(rig::CLIENT_SAME_PORT).hop()),
         ),
         // Not underlay: it is a client that says it is a pod.
-        Case::pass("direct-return-from-outside", Outcome::NoRoute, from.tagged(VLAN_EXTERNAL).ip(&back(CLIENT))),
+        Case::pass(
+            "direct-return-from-outside",
+            Outcome::NoRoute,
+            from.tagged(VLAN_EXTERNAL).ip(&back(CLIENT)),
+        ),
         // The node has a tunnel, so its pods do not send plain packets.
         Case::pass(
             "plain-packet-of-a-tunnel-node",
             Outcome::NoRoute,
             from.ip(&Ip::tcp(pod(PLAIN), CLIENT, (80, 40_000), b"answer")),
         ),
-        Case::pass(
-            "direct-elsewhere",
-            Outcome::NoRoute,
-            from.ip(&back(rig::FAR_AWAY)),
-        ),
+        Case::pass("direct-elsewhere", Outcome::NoRoute, from.ip(&back(rig::FAR_AWAY))),
         Case::pass("direct-return-local", Outcome::OutLocal, from.ip(&back(rig::GATEWAY))),
     ]);
     cases
@@ -364,7 +495,12 @@ fn decap(world: &World) -> Vec<Case> {
         ("prefix-source", Ip { source: [10, 244, 1, 250], ..packet.clone() }),
     ] {
         let from = FromNode::new(world, PLAIN, &packet);
-        cases.push(Case::redirect(format!("decap-{name}"), Outcome::Decap, from.bytes(), to_client.ip(&packet.hop())));
+        cases.push(Case::redirect(
+            format!("decap-{name}"),
+            Outcome::Decap,
+            from.bytes(),
+            to_client.ip(&packet.hop()),
+        ));
     }
     for (inner, row) in (0..).zip(DECAPSULATED_ECN) {
         for (outer, result) in (0..).zip(row) {
@@ -394,7 +530,12 @@ fn decap(world: &World) -> Vec<Case> {
                 p.header[..4].copy_from_slice(&flags);
             }
         });
-        cases.push(Case::redirect(format!("decap-{name}"), Outcome::Decap, from.bytes(), to_client.ip(&packet.hop())));
+        cases.push(Case::redirect(
+            format!("decap-{name}"),
+            Outcome::Decap,
+            from.bytes(),
+            to_client.ip(&packet.hop()),
+        ));
     }
     // Without a source check anybody's packets are taken, for any inner source.
     assert_eq!(world.config().overlays[world.nodes[&OTHER_PORT].overlay].flags, OverlayFlags::NONE);
@@ -410,7 +551,8 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
     let overlay = world.config().overlays[0];
     let node = &world.nodes[&PLAIN];
     let header = |at: usize, value: u8| plain.with(|p| p.header[at] = value).bytes();
-    let inner_macs = |source, destination| plain.with(|p| p.inner_link = Link::new(destination, source)).bytes();
+    let inner_macs =
+        |source, destination| plain.with(|p| p.inner_link = Link::new(destination, source)).bytes();
     let inner_kind = |kind: u16| plain.with(|p| p.kind = kind).bytes();
     let bent = |at: usize, bytes: &[u8]| {
         let mut frame = plain.bytes();
@@ -433,7 +575,11 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
     let outer_to = |address| plain.with(|p| p.outer.destination = address);
     let group = |p: &mut FromNode, mac: [u8; 6]| p.link.destination = Mac::new(mac);
     [
-        ("tunnel-from-outside", Outcome::TunnelPortExternal, plain.with(|p| p.link.vlan = Some(VLAN_EXTERNAL)).bytes()),
+        (
+            "tunnel-from-outside",
+            Outcome::TunnelPortExternal,
+            plain.with(|p| p.link.vlan = Some(VLAN_EXTERNAL)).bytes(),
+        ),
         (
             "tunnel-from-outside-to-another-address",
             Outcome::TunnelPortExternal,
@@ -442,12 +588,25 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
         (
             "tunnel-from-outside-by-broadcast",
             Outcome::TunnelPortExternal,
-            plain.with(|p| { p.link.vlan = Some(VLAN_EXTERNAL); group(p, [0xff; 6]) }).bytes(),
+            plain
+                .with(|p| {
+                    p.link.vlan = Some(VLAN_EXTERNAL);
+                    group(p, [0xff; 6]);
+                })
+                .bytes(),
         ),
         ("tunnel-to-another-address", Outcome::TunnelAddress, outer_to(rig::UNDERLAY_OTHER).bytes()),
         ("tunnel-by-broadcast", Outcome::TunnelAddress, plain.with(|p| group(p, [0xff; 6])).bytes()),
-        ("tunnel-by-multicast", Outcome::TunnelAddress, plain.with(|p| group(p, [1, 0, 0x5e, 0, 0, 1])).bytes()),
-        ("outer-first-fragment", Outcome::OuterFragment, plain.with(|p| p.outer.more_fragments = true).bytes()),
+        (
+            "tunnel-by-multicast",
+            Outcome::TunnelAddress,
+            plain.with(|p| group(p, [1, 0, 0x5e, 0, 0, 1])).bytes(),
+        ),
+        (
+            "outer-first-fragment",
+            Outcome::OuterFragment,
+            plain.with(|p| p.outer.more_fragments = true).bytes(),
+        ),
         ("outer-truncated-udp", Outcome::OuterMalformed, {
             plain.link.ip(&Ip { payload: plain.datagram()[..7].to_vec(), ..plain.outer.clone() })
         }),
@@ -469,13 +628,29 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
         ("reserved-3", Outcome::VxlanReserved, header(3, 3)),
         ("reserved-7", Outcome::VxlanReserved, header(7, 1)),
         ("reserved-policy-without-gbp", Outcome::VxlanReserved, gbp.with(|p| p.header[3] = 1).bytes()),
-        ("reserved-gbp-7", Outcome::VxlanReserved, gbp.with(|p| (p.header[0], p.header[7]) = (0x88, 1)).bytes()),
-        ("reserved-gbp-1", Outcome::VxlanReserved, gbp.with(|p| (p.header[0], p.header[1]) = (0x88, 4)).bytes()),
+        (
+            "reserved-gbp-7",
+            Outcome::VxlanReserved,
+            gbp.with(|p| (p.header[0], p.header[7]) = (0x88, 1)).bytes(),
+        ),
+        (
+            "reserved-gbp-1",
+            Outcome::VxlanReserved,
+            gbp.with(|p| (p.header[0], p.header[1]) = (0x88, 4)).bytes(),
+        ),
         ("vni-unknown", Outcome::VniUnknown, header(6, 3)),
         ("vni-high-byte", Outcome::VniUnknown, header(4, 1)),
-        ("vni-of-another-port", Outcome::VniUnknown, plain.with(|p| p.header[4..7].copy_from_slice(&[0xab, 0xcd, 0xef])).bytes()),
+        (
+            "vni-of-another-port",
+            Outcome::VniUnknown,
+            plain.with(|p| p.header[4..7].copy_from_slice(&[0xab, 0xcd, 0xef])).bytes(),
+        ),
         ("outer-source", Outcome::OuterSource, plain.from([172, 16, 2, 99]).bytes()),
-        ("outer-source-of-another-overlay", Outcome::OuterSource, plain.from(world.nodes[&CILIUM].endpoint).bytes()),
+        (
+            "outer-source-of-another-overlay",
+            Outcome::OuterSource,
+            plain.from(world.nodes[&CILIUM].endpoint).bytes(),
+        ),
         ("inner-truncated", Outcome::InnerTruncated, cut(30 + 19)),
         ("inner-nothing", Outcome::InnerTruncated, cut(30)),
         ("inner-one-byte-short", Outcome::InnerMalformed, cut(plain.datagram().len() - 1)),
@@ -488,7 +663,11 @@ fn refused_tunnels(world: &World) -> Vec<Case> {
             Outcome::InnerDestinationMac,
             inner_macs(node.mac, Mac::new([0x0e, 0x11, 0x22, 0x33, 0x44, 0x56])),
         ),
-        ("inner-multicast", Outcome::InnerDestinationMac, inner_macs(node.mac, Mac::new([1, 0, 0x5e, 0, 0, 5]))),
+        (
+            "inner-multicast",
+            Outcome::InnerDestinationMac,
+            inner_macs(node.mac, Mac::new([1, 0, 0x5e, 0, 0, 5])),
+        ),
         ("inner-source-mac-zero", Outcome::InnerSourceMac, inner_macs(Mac::ZERO, overlay.mac)),
         ("inner-source-mac-group", Outcome::InnerSourceMac, inner_macs(Mac::BROADCAST, overlay.mac)),
         ("inner-loop", Outcome::InnerLoop, inner_macs(overlay.mac, overlay.mac)),
@@ -551,13 +730,14 @@ fn arp(world: &World) -> Vec<Case> {
         answered("arp-padded", link, request, 18),
         answered("arp-tagged", link.tagged(VLAN_EXTERNAL), request, 14),
         answered("arp-priority-tag", link.tagged(0), request, 14),
-        answered("arp-unicast", world.from_client(), request, 18),
+        answered("arp-unicast", world.client_link(), request, 18),
         answered("arp-prefix", link, Arp { target: [10, 244, 1, 99], ..request }, 18),
         answered("arp-pod-of-another-overlay", link, Arp { target: pod(CILIUM), ..request }, 18),
         answered("arp-probe", link, Arp { sender: [0; 4], ..request }, 18),
         answered("arp-foreign-client", link, Arp { sender: [192, 0, 2, 5], ..request }, 18),
     ];
-    let other = |name: &str, link: Link, arp: Arp| Case::pass(name, Outcome::ArpOther, link.frame(ARP, &arp.bytes()));
+    let other =
+        |name: &str, link: Link, arp: Arp| Case::pass(name, Outcome::ArpOther, link.frame(ARP, &arp.bytes()));
     let to = |target| Arp { target, ..request };
     cases.extend([
         other("arp-own-client", link, to(rig::CLIENT_SAME_PORT)),
@@ -617,7 +797,12 @@ fn tunnel_arp(world: &World) -> Vec<Case> {
     let pass = |name: &str, input: Vec<u8>| Case::pass(name, Outcome::TunnelArp, input);
     vec![
         answered("tunnel-arp", base.bytes(), PLAIN, request),
-        answered("tunnel-arp-unicast", base.with(|p| p.inner_link.destination = overlay.mac).bytes(), PLAIN, request),
+        answered(
+            "tunnel-arp-unicast",
+            base.with(|p| p.inner_link.destination = overlay.mac).bytes(),
+            PLAIN,
+            request,
+        ),
         answered("tunnel-arp-cilium", cilium_frame.bytes(), CILIUM, cilium),
         answered(
             "tunnel-arp-tagged",
@@ -633,7 +818,11 @@ fn tunnel_arp(world: &World) -> Vec<Case> {
         pass("tunnel-arp-gateway", says(Arp { target: rig::GATEWAY, ..request })),
         pass("tunnel-arp-reply", says(Arp { operation: 2, ..request })),
         pass("tunnel-arp-announcement", says(Arp { sender: OVERLAY_ADDRESS, ..request })),
-        Case::pass("tunnel-arp-malformed", Outcome::ArpMalformed, says(Arp { sender_mac: Mac::ZERO, ..request })),
+        Case::pass(
+            "tunnel-arp-malformed",
+            Outcome::ArpMalformed,
+            says(Arp { sender_mac: Mac::ZERO, ..request }),
+        ),
         Case::drop(
             "tunnel-arp-truncated",
             Outcome::InnerTruncated,
@@ -644,7 +833,7 @@ fn tunnel_arp(world: &World) -> Vec<Case> {
 
 /// Frames whose link layer decides.
 fn links(world: &World) -> Vec<Case> {
-    let link = world.from_client();
+    let link = world.client_link();
     let ip = ping();
     let service_tag = link.frame(0x88a8, &[&[0, 100, 8, 0], ip.bytes().as_slice()].concat());
     let two_tags = link.tagged(VLAN_BOTH).frame(0x8100, &[&[0, 5, 8, 0], ip.bytes().as_slice()].concat());
@@ -666,9 +855,9 @@ fn links(world: &World) -> Vec<Case> {
 
 /// Frames that the kernel must get because the program cannot or may not handle them.
 fn kernels(world: &World) -> Vec<Case> {
-    let link = world.from_underlay();
+    let link = world.underlay_link();
     let plain = FromNode::new(world, PLAIN, &answer(PLAIN, CLIENT));
-    let mut no_headroom = Case::pass("no-headroom", Outcome::NoHeadroom, world.from_client().ip(&ping()));
+    let mut no_headroom = Case::pass("no-headroom", Outcome::NoHeadroom, world.client_link().ip(&ping()));
     no_headroom.metadata = 200;
     vec![
         no_headroom,
@@ -677,8 +866,20 @@ fn kernels(world: &World) -> Vec<Case> {
         Case::pass("other-udp-port", Outcome::NoRoute, plain.with(|p| p.port = 8473).bytes()),
         // Port 4789 is overlay 2's, which has another address.
         Case::drop("port-of-another-vtep", Outcome::TunnelAddress, plain.with(|p| p.port = 4789).bytes()),
-        Case::pass("tunnel-through-us", Outcome::NoRoute, plain.with(|p| p.outer.destination = [203, 0, 113, 4]).bytes()),
-        Case::pass("tcp-to-the-tunnel-port", Outcome::NoRoute, link.ip(&Ip::tcp(CLIENT, rig::UNDERLAY, (1, 8472), b""))),
-        Case::pass("ping-the-underlay-address", Outcome::NoRoute, link.ip(&Ip::echo(CLIENT, rig::UNDERLAY, 1, b""))),
+        Case::pass(
+            "tunnel-through-us",
+            Outcome::NoRoute,
+            plain.with(|p| p.outer.destination = [203, 0, 113, 4]).bytes(),
+        ),
+        Case::pass(
+            "tcp-to-the-tunnel-port",
+            Outcome::NoRoute,
+            link.ip(&Ip::tcp(CLIENT, rig::UNDERLAY, (1, 8472), b"")),
+        ),
+        Case::pass(
+            "ping-the-underlay-address",
+            Outcome::NoRoute,
+            link.ip(&Ip::echo(CLIENT, rig::UNDERLAY, 1, b"")),
+        ),
     ]
 }

@@ -1,8 +1,9 @@
 //! Frames as etherparse writes them: nothing here is code of the gateway.
 
 use etherparse::{
-    ArpEthIpv4Packet, ArpOperation, ArpPacket, EtherType, Ethernet2Header, Icmpv4Header, Icmpv4Type, IcmpEchoHeader, IpEcn,
-    IpDscp, IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, SingleVlanHeader, TcpHeader, UdpHeader, VlanId, VlanPcp,
+    ArpEthIpv4Packet, ArpOperation, ArpPacket, EtherType, Ethernet2Header, IcmpEchoHeader, Icmpv4Header,
+    Icmpv4Type, IpDscp, IpEcn, IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, SingleVlanHeader, TcpHeader,
+    UdpHeader, VlanId, VlanPcp,
 };
 use gateway_common::wire::Mac;
 
@@ -135,7 +136,11 @@ impl Link {
     pub(crate) fn frame(self, kind: u16, payload: &[u8]) -> Vec<u8> {
         let (source, destination) = (self.source.octets, self.destination.octets);
         let Some(vlan) = self.vlan else {
-            return [&Ethernet2Header { source, destination, ether_type: EtherType(kind) }.to_bytes(), payload].concat();
+            return [
+                &Ethernet2Header { source, destination, ether_type: EtherType(kind) }.to_bytes(),
+                payload,
+            ]
+            .concat();
         };
         let ethernet = Ethernet2Header { source, destination, ether_type: EtherType::VLAN_TAGGED_FRAME };
         let tag = SingleVlanHeader {
@@ -199,5 +204,20 @@ impl Arp {
             target_ipv4: self.target,
         });
         packet.to_bytes().to_vec()
+    }
+}
+
+/// The headers that etherparse does not write, against RFC 7348 section 5 written out.
+#[test]
+fn vxlan_headers() {
+    let written = [
+        (0, "0800000000000000"),
+        (1, "0800000000000100"),
+        (2, "0800000000000200"),
+        (4096, "0800000000100000"),
+        (0x00ab_cdef, "08000000abcdef00"),
+    ];
+    for (vni, bytes) in written {
+        assert_eq!(vxlan_header(vni).to_vec(), hex(bytes));
     }
 }

@@ -21,6 +21,8 @@ use crate::packet::Address;
 pub(crate) struct Port {
     pub(crate) name: &'static str,
     pub(crate) index: u32,
+    /// Index of the other end.
+    pub(crate) peer: u32,
     pub(crate) mac: Mac,
     pub(crate) mtu: u16,
 }
@@ -142,7 +144,9 @@ fn build() -> Ports {
             still: port(&handle, "still", mac(0x07), 1500).await,
         };
         // An interface routes only after it got its first address.
-        for (last, port) in (1..).zip([ports.second, ports.vlan, ports.foreign, ports.inside, ports.tunnel, ports.still]) {
+        for (last, port) in
+            (1..).zip([ports.second, ports.vlan, ports.foreign, ports.inside, ports.tunnel, ports.still])
+        {
             address(&handle, port, [192, 0, 2, last]).await;
             fs::write(format!("/proc/sys/net/ipv4/conf/{}/forwarding", port.name), "1").unwrap();
         }
@@ -160,8 +164,13 @@ async fn port(handle: &Handle, name: &'static str, mac: Mac, mtu: u16) -> Port {
     let link = LinkVeth::new(name, &peer).address(mac.octets.to_vec()).mtu(mtu.into()).up();
     handle.link().add(link.build()).execute().await.unwrap();
     let peer_index = if_nametoindex(peer.as_str()).unwrap();
-    handle.link().set(LinkUnspec::new_with_index(peer_index).mtu(mtu.into()).up().build()).execute().await.unwrap();
-    Port { name, index: if_nametoindex(name).unwrap(), mac, mtu }
+    handle
+        .link()
+        .set(LinkUnspec::new_with_index(peer_index).mtu(mtu.into()).up().build())
+        .execute()
+        .await
+        .unwrap();
+    Port { name, index: if_nametoindex(name).unwrap(), peer: peer_index, mac, mtu }
 }
 
 async fn address(handle: &Handle, port: Port, address: Address) {

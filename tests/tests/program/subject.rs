@@ -8,12 +8,11 @@ use aya::{
         Array, HashMap, MapData, PerCpuArray,
         lpm_trie::{Key, LpmTrie},
     },
-    programs::{TestRun as _, TestRunOptions, Xdp},
+    programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode},
 };
+use gateway::dataplane::load::OBJECT;
 use gateway_common::{
-    abi::{
-        CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, Vtep, map,
-    },
+    abi::{CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, Vtep, map},
     model::HostTables,
 };
 
@@ -73,7 +72,7 @@ impl Subject {
         for name in map::ALL.into_iter().filter(|name| *name != map::COUNTERS) {
             loader.map_max_entries(name, TABLE_SIZE);
         }
-        let mut ebpf = loader.load(&object()).expect("the object does not load; are you root?");
+        let mut ebpf = loader.load(OBJECT).expect("the object does not load; are you root?");
         let program: &mut Xdp = ebpf.program_mut(PROGRAM).unwrap().try_into().unwrap();
         program.load().unwrap();
         let mut subject = Self { ebpf };
@@ -154,6 +153,23 @@ impl Subject {
         (Returned::from_code(result.return_value), output)
     }
 
+    /// Lets the program decide about frames that arrive at the interface.
+    pub(crate) fn attach(&mut self, ifindex: u32) {
+        let program: &mut Xdp = self.ebpf.program_mut(PROGRAM).unwrap().try_into().unwrap();
+        program.attach_to_if_index(ifindex, XdpMode::Driver).unwrap();
+    }
+
+    /// Runs the program on a frame and does what it says: a redirected frame leaves.
+    pub(crate) fn run_live(&self, frame: &[u8]) {
+        let program: &Xdp = self.ebpf.program(PROGRAM).unwrap().try_into().unwrap();
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            attrs: TestRunAttrs::new().xdp_live_frames(1),
+            ..TestRunOptions::default()
+        };
+        program.test_run(options).unwrap();
+    }
+
     /// The whole counter table, summed over CPUs.
     pub(crate) fn counters(&self) -> Counters {
         let present = (0..OUTCOME_CAPACITY).map(|number| (number, self.counter(number)));
@@ -166,9 +182,4 @@ impl Subject {
         let values = table.get(&number, 0).unwrap();
         values.iter().fold((0, 0), |(packets, bytes), value| (packets + value.packets, bytes + value.bytes))
     }
-}
-
-fn object() -> Vec<u8> {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/gateway.bpf.o");
-    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run `cargo xtask build`", path.display()))
 }

@@ -7,8 +7,8 @@ use bytemuck::Zeroable as _;
 use etherparse::checksum::Sum16BitWords;
 use gateway_common::{
     abi::{
-        Config, Egress, HEADER_CAPACITY, LocalAddress, Overlay, OverlayAddress, OverlayFlags, Roles, Route, VlanPort,
-        Vtep, VtepFlags, VtepSlot,
+        Config, Egress, HEADER_CAPACITY, LocalAddress, Overlay, OverlayAddress, OverlayFlags, Roles, Route,
+        VlanPort, Vtep, VtepFlags, VtepSlot,
     },
     model::HostTables,
     wire::{Be16, Ipv4, Mac, Vni},
@@ -219,12 +219,12 @@ impl World {
     }
 
     /// Link header of frames that arrive from clients.
-    pub(crate) fn from_client(&self) -> Link {
+    pub(crate) fn client_link(&self) -> Link {
         Link::new(self.ports.own.mac, rig::CLIENT_MAC)
     }
 
     /// Link header of frames that arrive from the underlay.
-    pub(crate) fn from_underlay(&self) -> Link {
+    pub(crate) fn underlay_link(&self) -> Link {
         Link::new(self.ports.own.mac, NEXT_HOP)
     }
 
@@ -260,7 +260,14 @@ fn config(ports: &Ports) -> Config {
         overlays: [
             overlay(rig::UNDERLAY, 8472, [0x0e, 0x11, 0x22, 0x33, 0x44, 0x55], 1, [10, 244, 30, 0], check),
             overlay(rig::UNDERLAY, 8472, [0x06, 0xa6, 0x6e, 0xb5, 0x69, 0x2c], 2, [10, 0, 1, 0], cilium),
-            overlay(rig::UNDERLAY_SECOND, 4789, [0x0e, 2, 2, 2, 2, 2], 0x00ab_cdef, [10, 61, 0, 0], OverlayFlags::NONE),
+            overlay(
+                rig::UNDERLAY_SECOND,
+                4789,
+                [0x0e, 2, 2, 2, 2, 2],
+                0x00ab_cdef,
+                [10, 61, 0, 0],
+                OverlayFlags::NONE,
+            ),
             overlay(rig::UNDERLAY, 8472, [0x0e, 3, 3, 3, 3, 3], 0, [10, 71, 0, 0], check),
         ],
         ..Config::UNSET
@@ -313,7 +320,13 @@ fn nodes(ports: &Ports) -> BTreeMap<u32, Node> {
         (DIRECT, Node { direct: true, mtu: 1500, ..node(3) }),
         (
             DIRECT_TAGGED,
-            Node { direct: true, mtu: 1500, link: second.tagged(VLAN_OUT), ifindex: ports.second.index, ..node(4) },
+            Node {
+                direct: true,
+                mtu: 1500,
+                link: second.tagged(VLAN_OUT),
+                ifindex: ports.second.index,
+                ..node(4)
+            },
         ),
         (UNRESOLVED, node(5)),
         (

@@ -182,7 +182,7 @@ impl FileState {
                 return news;
             }
         };
-        let manifest = if name.ends_with(".json") {
+        let manifest = if Path::new(name).extension() == Some(OsStr::new("json")) {
             Manifest::from_json(name, &text)
         } else {
             Manifest::from_yaml(name, &text)

@@ -123,8 +123,12 @@ impl Manifest {
             }
         };
         match (version.as_str(), kind.as_str()) {
-            ("v1", "Node") => self.object::<Node>(place, &object, &kind, NODE_FIELDS, Object::Node),
-            ("v1", "Pod") => self.object::<Pod>(place, &object, &kind, POD_FIELDS, Object::Pod),
+            ("v1", "Node") => {
+                self.object::<Node>(place, &object, &kind, NODE_FIELDS, |node| Object::Node(Box::new(node)));
+            }
+            ("v1", "Pod") => {
+                self.object::<Pod>(place, &object, &kind, POD_FIELDS, |pod| Object::Pod(Box::new(pod)));
+            }
             (_, list) if list.ends_with("List") && object.contains_key("items") => {
                 let kind = list.strip_suffix("List").filter(|kind| !kind.is_empty());
                 match object.remove("items") {

@@ -1,6 +1,6 @@
 //! Directories of manifests as people and kubelets write them.
 
-use std::{fs, os::unix::fs::symlink, path::Path, time::Duration};
+use std::{fmt::Write as _, fs, os::unix::fs::symlink, path::Path, time::Duration};
 
 use rstest::rstest;
 use tokio::{sync::mpsc, time::timeout};
@@ -255,7 +255,7 @@ fn an_alias_bomb_is_refused() {
     let mut text = String::from("a0: &a0 [x,x,x,x,x,x,x,x,x]\n");
     for level in 1..9 {
         let below = format!("*a{},", level - 1).repeat(9);
-        text.push_str(&format!("a{level}: &a{level} [{}]\n", below.trim_end_matches(',')));
+        writeln!(text, "a{level}: &a{level} [{}]", below.trim_end_matches(',')).unwrap();
     }
     let mut fixture = Fixture::new();
     fixture.write("a.yaml", &text);
@@ -278,7 +278,7 @@ async fn next(events: &mut mpsc::Receiver<Event>) -> String {
     describe(&event.expect("the source is running"))
 }
 
-async fn watched(path: &Path) -> (mpsc::Receiver<Event>, ProblemList) {
+fn watched(path: &Path) -> (mpsc::Receiver<Event>, ProblemList) {
     let (sender, receiver) = mpsc::channel(16);
     let problems = ProblemList::default();
     tokio::spawn(watch(path.to_owned(), sender, problems.clone()));
@@ -290,7 +290,7 @@ async fn changes_arrive_while_watching() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path();
     fs::write(path.join("a.yaml"), node("a")).unwrap();
-    let (mut events, problems) = watched(path).await;
+    let (mut events, problems) = watched(path);
     for expected in ["listing", "+Node a", "synced"] {
         assert_eq!(next(&mut events).await, expected);
     }
@@ -318,7 +318,7 @@ async fn a_config_map_mount_is_followed() {
     }
     symlink("..1", path.join("..data")).unwrap();
     symlink("..data/n.yaml", path.join("n.yaml")).unwrap();
-    let (mut events, _) = watched(path).await;
+    let (mut events, _) = watched(path);
     for expected in ["listing", "+Node a", "synced"] {
         assert_eq!(next(&mut events).await, expected);
     }
@@ -332,7 +332,7 @@ async fn a_config_map_mount_is_followed() {
 async fn a_directory_may_come_later() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("later");
-    let (mut events, problems) = watched(&path).await;
+    let (mut events, problems) = watched(&path);
     timeout(Duration::from_secs(3), async {
         while problems.all().is_empty() {
             tokio::time::sleep(Duration::from_millis(5)).await;
