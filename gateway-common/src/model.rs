@@ -1,7 +1,10 @@
 //! Frame and tables of the host: the engine runs on them under `cargo test`, and program tests compare the loaded
 //! object with them.
 
-use std::{cell::{Cell, RefCell}, collections::BTreeMap};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+};
 
 use crate::{
     abi::{Config, Counter, Egress, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep},

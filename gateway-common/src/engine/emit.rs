@@ -97,7 +97,9 @@ pub(super) fn to_vtep<F: Frame>(
 ) -> Verdict {
     let result = match slot.header_len {
         HEADER_VXLAN => tunnelled::<F, { Ethernet::LEN }>(frame, link_len, space, slot, outer, clamp),
-        HEADER_VXLAN_TAGGED => tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer, clamp),
+        HEADER_VXLAN_TAGGED => {
+            tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer, clamp)
+        }
         HEADER_DIRECT => direct::<F, { Ethernet::LEN }>(frame, link_len, slot, clamp),
         HEADER_DIRECT_TAGGED => direct::<F, { TaggedEthernet::LEN }>(frame, link_len, slot, clamp),
         _ => Err(Verdict::drop(Outcome::VtepMissing)),

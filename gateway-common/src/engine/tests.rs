@@ -6,3 +6,4 @@ mod arp;
 mod encapsulation;
 mod fuzz;
 mod ingress;
+mod path_mtu;

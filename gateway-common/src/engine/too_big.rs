@@ -51,7 +51,13 @@ unsafe impl<L: Wire> Wire for Answer<L> {}
 
 /// Answers `packet`, which is larger than `mtu` bytes and may not be fragmented. It is quoted as the client sent it.
 #[inline(always)]
-pub(super) fn answer<F: Frame, T: Tables>(frame: &mut F, tables: &T, link: Link, packet: Packet, mtu: u16) -> Verdict {
+pub(super) fn answer<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    link: Link,
+    packet: Packet,
+    mtu: u16,
+) -> Verdict {
     let config = tables.config();
     // Errors about errors and about later fragments are not sent (RFC 1122 section 3.2.2).
     if packet.is_later_fragment() || is_icmp_error(frame, packet) {

@@ -159,7 +159,7 @@ fn ttl_as_a_router(#[case] ttl: u8, #[case] expected: Outcome) {
 fn size_against_the_path() {
     let tables = gateway();
     assert_eq!(outcome(&tables, &client_udp(9, 0, (1, 2), &[0; 1450 - 28])), Outcome::Encap);
-    assert_eq!(outcome(&tables, &client_udp(9, 0, (1, 2), &[0; 1451 - 28])), Outcome::Oversize);
+    assert_eq!(outcome(&tables, &client_udp(9, 0, (1, 2), &[0; 1451 - 28])), Outcome::TooBigReply);
 }
 
 #[test]
