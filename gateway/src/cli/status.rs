@@ -198,7 +198,7 @@ fn interfaces(
             None => problems.push(format!("interface {} does not exist", interface.name)),
             Some(link) if !link.up => problems.push(format!("interface {} is down", interface.name)),
             Some(_) if !ours => {
-                problems.push(format!("no program of this gateway is on interface {}", interface.name))
+                problems.push(format!("no program of this gateway is on interface {}", interface.name));
             }
             Some(_) => {}
         }
