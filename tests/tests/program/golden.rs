@@ -156,6 +156,19 @@ fn outer_checksums_are_right_for_every_length() {
     });
 }
 
+/// After a change of configuration a template may still have DF set where the program is told to inherit it.
+#[test]
+fn inherited_df_over_a_template_that_sets_it() {
+    rig::inside(|ports| {
+        let mut world = World::new(ports);
+        let flags = &mut world.tables.config.overlays[0].flags;
+        *flags = flags.with(OverlayFlags::DF_INHERIT);
+        let packet = Ip { dont_fragment: true, ..Ip::udp(CLIENT, pod(TAGGED), (1, 2), b"data") };
+        let case = Case::encap("encap-df-twice", &world, TAGGED, world.client_link(), &packet);
+        check_all(&Subject::load(&world.tables), &[case]);
+    });
+}
+
 /// What an interface may do comes from its roles; the tables are the same.
 #[test]
 fn roles_decide() {
