@@ -172,7 +172,7 @@ fn roles_decide() {
         let arp = Arp::request(rig::CLIENT_MAC, CLIENT, pod(PLAIN)).bytes();
         let arp = Link::new(Mac::BROADCAST, rig::CLIENT_MAC).frame(ARP, &arp);
         let expectations = [
-            (Roles::NONE, [Outcome::NoRole; 4]),
+            (Roles::NONE, [Outcome::NoRole, Outcome::TunnelPortExternal, Outcome::NoRole, Outcome::NoRole]),
             (
                 Roles::EXTERNAL,
                 [Outcome::Encap, Outcome::TunnelPortExternal, Outcome::NoRoute, Outcome::ArpReply],
