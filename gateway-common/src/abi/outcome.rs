@@ -144,7 +144,7 @@ outcomes! {
     70 TooBigSilent "too_big_silent" Drop Notice "Larger than the path takes, and an ICMP error or later fragment, about which no error is sent (RFC 1122 section 3.2.2).";
 
     // Dropped out of the tunnel.
-    80 TunnelPortExternal "tunnel_port_external" Drop Suspect "Tunnel packet on an interface that is not underlay.";
+    80 TunnelPortExternal "tunnel_port_external" Drop Suspect "Tunnel packet on an interface or VLAN that is not underlay.";
     81 TunnelAddress "tunnel_address" Drop Suspect "Tunnel packet to an address of this host that is not the VTEP's.";
     82 OuterFragment "outer_fragment" Drop Fault "Fragment of a tunnel packet: the underlay's MTU is too small (RFC 7348 section 4.3).";
     83 OuterMalformed "outer_malformed" Drop Suspect "Outer IPv4 header truncated or contradicting the frame.";

@@ -160,8 +160,8 @@ pub(super) fn from_tunnel<F: Frame, T: Tables>(
         return Err(other);
     };
     let slot = vtep.slot();
-    // The answer overwrites the request's headers, so they must be as long as the template: no outer IP options, same
-    // VLAN tagging. Others are the kernel's.
+    // The answer overwrites the request's headers, so they must be as long as the template (outer IP options or another
+    // VLAN tagging change that). Others are the kernel's.
     let same_length = usize::from(slot.header_len) == at;
     if !same_length || !slot.flags.has(VtepFlags::READY) || slot.flags.has(VtepFlags::DIRECT) {
         return Err(other);

@@ -74,7 +74,8 @@ impl<const L2: usize> TunnelHeader<L2> {
         let mut sum = Sum::new(slot.checksum_base).add(total.bytes).add([0, ecn]);
         self.ip.tos |= ecn;
         self.ip.tot_len = total.bytes;
-        if outer.dont_fragment {
+        // A template made before the daemon was told to inherit may have it already.
+        if outer.dont_fragment && self.ip.frags != DF {
             self.ip.frags = DF;
             sum = sum.add(DF);
         }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     abi::{Config, LocalAddress, Outcome, Roles},
-    wire::Be16,
+    wire::{Be16, EtherType},
 };
 
 /// A packet of ours that nobody wants: drops what the kernel would take for a tunnel packet.
@@ -26,6 +26,22 @@ pub(super) fn to_the_kernel<F: Frame, T: Tables>(
     match tables.address(packet.destination) {
         Some(address) if address.kind & LocalAddress::KERNEL != 0 => Err(refuse(link)),
         _ => Ok(()),
+    }
+}
+
+/// A frame of an interface or VLAN without a role, where tunnel packets have no business either.
+#[inline(always)]
+pub(super) fn without_role<F: Frame, T: Tables>(frame: &F, tables: &T, link: Link) -> Result<(), Verdict> {
+    if link.kind != EtherType::IPV4 {
+        return Ok(());
+    }
+    let space = frame.len().wrapping_sub(link.len as u32);
+    match classify::header(frame, link.len, space) {
+        Ok(packet) if link.destination.is_group() && has_tunnel_port(frame, tables.config(), packet) => {
+            Err(refuse(link))
+        }
+        Ok(packet) => to_the_kernel(frame, tables, link, packet),
+        Err(_) => Ok(()),
     }
 }
 

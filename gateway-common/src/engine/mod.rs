@@ -43,6 +43,7 @@ fn decide<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Result<Verdict, Ver
     let config = tables.config();
     let link = classify::link(frame, config)?;
     if link.roles == Roles::NONE {
+        guard::without_role(frame, tables, link)?;
         return Err(Verdict::pass(Outcome::NoRole));
     }
     if link.kind == EtherType::ARP {

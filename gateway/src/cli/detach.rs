@@ -9,7 +9,7 @@ use crate::{
     config::Options,
     daemon::report::Report,
     dataplane::pins::{InstanceLock, Pins},
-    kernel::{device::Device, netlink},
+    kernel::{device::Device, host::Host, netlink, underlay},
 };
 
 /// Arguments of `detach`.
@@ -36,6 +36,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         for overlay in &config.overlays {
             devices += usize::from(Device::new(handle.clone(), overlay).remove().await?);
         }
+        underlay::release(&handle, &Host::read(&handle).await?, &config).await?;
         anyhow::Ok(())
     })?;
     Report::remove(&config.instance)?;

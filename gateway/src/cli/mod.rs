@@ -77,3 +77,26 @@ fn explain(error: &anyhow::Error) -> String {
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
+        let told = anyhow::Error::from(broken()).context(format!("writing: {}", broken()));
+        assert_eq!(explain(&told), "writing: broken pipe");
+        let untold = Err::<(), _>(broken()).context("writing").unwrap_err();
+        assert_eq!(explain(&untold), "writing: broken pipe");
+        assert!(is_closed_pipe(&untold));
+    }
+}

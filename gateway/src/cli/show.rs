@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::Ipv4Addr, process::ExitCode};
 
-use clap::{Args as ClapArgs, Subcommand};
+use clap::{Args as ClapArgs, ValueEnum};
 use gateway_common::abi::{PrefixKey, Route, Vtep, VtepFlags};
 use serde::Serialize;
 
@@ -19,16 +19,19 @@ use crate::{
 /// Arguments of `show`.
 #[derive(ClapArgs, Debug)]
 pub struct Args {
-    #[command(subcommand)]
+    /// What to show
     what: What,
+    /// Also counters that are zero (JSON has them anyway)
+    #[arg(long)]
+    all: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     options: Options,
-    /// Print JSON
-    #[arg(long, global = true)]
-    json: bool,
 }
 
-#[derive(Subcommand, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum What {
     /// Nodes: how each is reached
     Vteps,
@@ -37,11 +40,7 @@ enum What {
     /// Pod CIDRs and their node
     Routes,
     /// What became of every packet
-    Counters {
-        /// Also outcomes that never happened
-        #[arg(long)]
-        all: bool,
-    },
+    Counters,
 }
 
 /// A row of `show vteps`.
@@ -111,16 +110,12 @@ struct CounterRow {
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = args.options.load()?;
     let tables = Tables::open(&Pins::new(&config.datapath.bpffs, &config.instance))?;
-    match &args.what {
-        What::Counters { all } => counters(&tables, *all, args.json)?,
-        what => {
-            let names = Names::new(&config, &tables)?;
-            match what {
-                What::Vteps => vteps(&names, args.json)?,
-                What::Pods => routes(pods(&tables, &names)?, "ADDRESS", args.json)?,
-                _ => routes(prefixes(&tables, &names)?, "CIDR", args.json)?,
-            }
-        }
+    let names = || Names::new(&config, &tables);
+    match args.what {
+        What::Vteps => vteps(&names()?, args.json)?,
+        What::Pods => routes(pods(&tables, &names()?)?, "ADDRESS", args.json)?,
+        What::Routes => routes(prefixes(&tables, &names()?)?, "CIDR", args.json)?,
+        What::Counters => counters(&tables, args.all, args.json)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -122,7 +122,7 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
     let mut problems = Vec::new();
 
     let report = running_report(config, &mut problems);
-    let interfaces = interfaces(config, &host, &pins, &mut problems)?;
+    let interfaces = interfaces(config, &host, &pins, report.is_some(), &mut problems)?;
     let mut status = Status {
         healthy: false,
         instance: config.instance.clone(),
@@ -186,6 +186,7 @@ fn interfaces(
     config: &Config,
     host: &Host,
     pins: &Pins,
+    running: bool,
     problems: &mut Vec<String>,
 ) -> Result<Vec<InterfaceStatus>, PinError> {
     let linked = pins.linked_interfaces()?;
@@ -195,10 +196,12 @@ fn interfaces(
         let program = link.and_then(|link| link.xdp.program);
         let ours = program.is_some() && linked.contains(&interface.name);
         match link {
+            // A running daemon says so itself.
+            None if running => {}
             None => problems.push(format!("interface {} does not exist", interface.name)),
             Some(link) if !link.up => problems.push(format!("interface {} is down", interface.name)),
             Some(_) if !ours => {
-                problems.push(format!("no program of this gateway is on interface {}", interface.name))
+                problems.push(format!("no program of this gateway is on interface {}", interface.name));
             }
             Some(_) => {}
         }

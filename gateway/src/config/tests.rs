@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use rstest::rstest;
 
 use super::*;
+use crate::cluster::flannel::{NodeReading, NodeSkip, read_node};
 
 /// The documented sample that is installed.
 const SAMPLE: &str = include_str!("../../gateway.toml");
@@ -338,4 +339,20 @@ proptest! {
             }
         }
     }
+}
+
+/// The README's configuration is valid, and its Node is what flannel's rules take for the gateway that it configures.
+#[test]
+fn the_readme_is_true() {
+    const README: &str = include_str!("../../../README.md");
+
+    let block = |language: &str| {
+        let (_, rest) = README.split_once(&format!("```{language}\n")).expect("the README has the block");
+        let (block, _) = rest.split_once("```").expect("the block ends");
+        block.lines().map(|line| line.strip_prefix("   ").unwrap_or(line)).collect::<Vec<_>>().join("\n")
+    };
+    let config = parse(&block("toml")).unwrap();
+    let node: k8s_openapi::api::core::v1::Node = serde_saphyr::from_str(&block("yaml")).unwrap();
+    let reading = read_node(&node, &config.overlays[0]);
+    assert!(matches!(reading, NodeReading::Skipped(NodeSkip::Own)), "{reading:?}");
 }

@@ -279,7 +279,7 @@ impl Daemon {
             }
         }
         // Taken only now: if the work is cancelled half-way, the daemon stops anyway.
-        let Pending { host, routes, neighbours, hops, changes, verify } = std::mem::take(pending);
+        let Pending { host, routes, neighbours, hops, mut changes, verify } = std::mem::take(pending);
         let mut netlink_problems = Vec::new();
         if host || verify {
             match Host::read(&self.handle).await {
@@ -311,13 +311,13 @@ impl Daemon {
             self.underlay.track(&paths).await;
         }
         let moved = hops || host || routes || neighbours || verify || !changes.vteps.is_empty();
-        let hops_before = if moved { self.update_hops() } else { false };
+        let hops_moved = moved && self.update_hops(&mut changes);
         if hops {
             // A neighbour that went must be asked for again.
             self.underlay.resolve().await;
         }
         self.apply_tables(if verify { Scope::Everything } else { Scope::Only(&changes) });
-        if verify || hops_before || host || !changes.vteps.is_empty() || !changes.prefixes.is_empty() {
+        if verify || hops_moved || host || !changes.vteps.is_empty() || !changes.prefixes.is_empty() {
             self.apply_devices().await;
         }
     }
@@ -328,15 +328,19 @@ impl Daemon {
         Some(Path { local: overlay.local, endpoint: vtep.endpoint })
     }
 
-    /// Computes next hops and slots; tells whether any hop differs from before.
-    fn update_hops(&mut self) -> bool {
+    /// Computes next hops and slots, adds the nodes whose slot is another one, and tells whether any hop moved.
+    fn update_hops(&mut self, changes: &mut Changes) -> bool {
         let mut hops = BTreeMap::new();
         let mut slots = BTreeMap::new();
         for (key, vtep) in &self.planner.desired().vteps {
             let Some(overlay) = self.config.overlays.get(key.overlay as usize) else { continue };
             let path = Path { local: overlay.local, endpoint: vtep.endpoint };
             let hop = self.underlay.next_hop(path, &self.host, &self.config);
-            slots.insert(key.clone(), template::slot(key.overlay, overlay, vtep, &hop));
+            let slot = template::slot(key.overlay, overlay, vtep, &hop);
+            if self.slots.get(key) != Some(&slot) {
+                changes.vteps.insert(key.clone());
+            }
+            slots.insert(key.clone(), slot);
             hops.insert(key.clone(), hop);
         }
         let moved = hops != self.hops;

@@ -48,13 +48,16 @@ pub enum PinError {
         source: io::Error,
     },
     /// A pinned map cannot be opened.
-    #[error("cannot open the pinned map {}: {source}{}", path.display(), absent(path))]
+    #[error("cannot open the pinned map {}: {source}", path.display())]
     Map {
         /// The pin.
         path: PathBuf,
         /// What aya said.
         source: MapError,
     },
+    /// There are no tables.
+    #[error("nothing is pinned at {}: `gateway run` makes the tables, `gateway detach` removes them", .0.display())]
+    Absent(PathBuf),
     /// Something else is pinned there.
     #[error(
         "the pinned map {} is not what this version expects ({found}, expected {expected}): stop the gateway, remove \
@@ -80,10 +83,6 @@ pub enum PinError {
         /// Process that holds the lock, if it said so.
         holder: Option<u32>,
     },
-}
-
-fn absent(path: &Path) -> &'static str {
-    if path.exists() { "" } else { " (nothing is pinned there: `gateway run` makes the tables)" }
 }
 
 /// What must agree before a pinned map is used.
@@ -315,6 +314,9 @@ impl Pins {
     /// Opens a pinned map after comparing it; its capacity may be any.
     pub(super) fn open_map(&self, spec: &MapSpec) -> Result<MapData, PinError> {
         let path = self.map(spec.name);
+        if !path.exists() {
+            return Err(PinError::Absent(path));
+        }
         let data = MapData::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
         let info = data.info().map_err(|source| PinError::Map { path: path.clone(), source })?;
         compare(&path, &info, &MapSpec { max_entries: info.max_entries(), ..*spec })?;

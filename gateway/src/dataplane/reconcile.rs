@@ -140,6 +140,8 @@ pub struct Reconciler {
     addresses: Mirror<Ipv4, LocalAddress>,
     egress: Mirror<u32, Egress>,
     vteps: Vteps,
+    /// Some entry waits to be freed.
+    orphans: bool,
 }
 
 impl Reconciler {
@@ -156,6 +158,7 @@ impl Reconciler {
             addresses: Mirror::read(tables.addresses)?,
             egress: Mirror::read(tables.egress)?,
             vteps: Vteps::adopt(tables.vteps)?,
+            orphans: false,
         })
     }
 
@@ -194,7 +197,8 @@ impl Reconciler {
         pass
     }
 
-    /// Makes VTEPs and routes what they should be. `slots` has the entry of every node in `desired.vteps`.
+    /// Makes VTEPs and routes what they should be. `slots` has the entry of every node in `desired.vteps`; a scope names
+    /// the nodes whose slot differs from the last pass.
     pub fn apply(
         &mut self,
         desired: &Desired,
@@ -204,11 +208,17 @@ impl Reconciler {
         let mut pass = Pass::default();
         let mut faults = Faults::default();
 
-        if slots.keys().any(|key| !self.vteps.owners.contains_key(key)) {
+        let keys: Vec<&VtepKey> = match scope {
+            Scope::Everything => slots.keys().collect(),
+            Scope::Only(changes) => changes.vteps.iter().filter(|key| slots.contains_key(key)).collect(),
+        };
+        let newcomers: Vec<_> =
+            keys.iter().copied().filter(|key| !self.vteps.owners.contains_key(key)).collect();
+        if !newcomers.is_empty() {
             let referenced = self.referenced();
-            self.vteps.claim(slots, &referenced, &mut faults);
+            self.vteps.claim(&newcomers, slots, &referenced, &mut faults);
         }
-        pass.written += self.vteps.write(slots, &mut faults);
+        pass.written += self.vteps.write(&keys, slots, &mut faults);
 
         let ids = &self.vteps.owners;
         let route = |key: &VtepKey| ids.get(key).copied().map(Route::to);
@@ -221,9 +231,14 @@ impl Reconciler {
         apply(&mut self.prefixes, prefixes, &mut pass, &mut faults);
         apply(&mut self.sources, sources, &mut pass, &mut faults);
 
-        if self.vteps.has_orphans(slots) {
+        self.orphans |= match scope {
+            Scope::Everything => self.vteps.has_orphans(slots),
+            Scope::Only(changes) => changes.vteps.iter().any(|key| !slots.contains_key(key)),
+        };
+        if self.orphans {
             let referenced = self.referenced();
             pass.deleted += self.vteps.release(slots, &referenced, &mut faults);
+            self.orphans = self.vteps.has_orphans(slots);
         }
         pass.problems = faults.0;
         pass
@@ -325,14 +340,14 @@ impl Vteps {
             .filter(|(_, slot)| slot.flags.has(VtepFlags::USED))
     }
 
-    /// Gives every node an id: the entry that is its own from an earlier run, else a free one.
+    /// Gives nodes an id: the entry that is its own from an earlier run, else a free one.
     fn claim(
         &mut self,
+        newcomers: &[&VtepKey],
         slots: &BTreeMap<VtepKey, VtepSlot>,
         referenced: &BTreeSet<u32>,
         faults: &mut Faults,
     ) {
-        let newcomers: Vec<_> = slots.iter().filter(|(key, _)| !self.owners.contains_key(key)).collect();
         let taken: BTreeSet<u32> = self.owners.values().copied().collect();
         let mut free: BTreeSet<u32> = self.entries.keys().copied().collect();
         let mut adoptable: BTreeMap<(u16, Ipv4), Vec<u32>> = BTreeMap::new();
@@ -345,7 +360,7 @@ impl Vteps {
         free.retain(|id| !taken.contains(id) && !referenced.contains(id));
 
         let mut homeless = 0;
-        for (key, slot) in newcomers {
+        for (key, slot) in newcomers.iter().filter_map(|key| Some((*key, slots.get(key)?))) {
             let candidates = adoptable.entry(identity(slot)).or_default();
             let own = candidates.iter().position(|id| belongs(self.entries[id].slot(), slot));
             match own.map(|at| candidates.swap_remove(at)).or_else(|| free.pop_first()) {
@@ -363,11 +378,16 @@ impl Vteps {
         }
     }
 
-    /// Writes the entries that differ, and tells how many.
-    fn write(&mut self, slots: &BTreeMap<VtepKey, VtepSlot>, faults: &mut Faults) -> usize {
-        let changes: Vec<(u32, VtepSlot)> = slots
+    /// Writes the entries of these nodes that differ, and tells how many.
+    fn write(
+        &mut self,
+        keys: &[&VtepKey],
+        slots: &BTreeMap<VtepKey, VtepSlot>,
+        faults: &mut Faults,
+    ) -> usize {
+        let changes: Vec<(u32, VtepSlot)> = keys
             .iter()
-            .filter_map(|(key, slot)| Some((*self.owners.get(key)?, *slot)))
+            .filter_map(|key| Some((*self.owners.get(key)?, *slots.get(key)?)))
             .filter(|(id, slot)| self.entries.get(id).is_some_and(|entry| entry.slot() != slot))
             .collect();
         self.replace(&changes, faults);

@@ -492,7 +492,7 @@ fn entry(message: &NeighbourMessage) -> Entry {
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
-                entry.address = Some(*address)
+                entry.address = Some(*address);
             }
             // In FDB messages the family is the bridge's, so addresses come as bytes.
             NeighbourAttribute::Destination(NeighbourAddress::Other(octets)) => {

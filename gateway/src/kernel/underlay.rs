@@ -23,7 +23,12 @@ use rtnetlink::{
     },
 };
 
-use super::{PROTOCOL, host::Host, ipv4, netlink::NetlinkError};
+use super::{
+    PROTOCOL,
+    host::{Host, Link},
+    ipv4,
+    netlink::NetlinkError,
+};
 use crate::config::Config;
 
 /// How an endpoint is reached.
@@ -102,16 +107,7 @@ impl Underlay {
     ///
     /// The neighbour table cannot be read.
     pub async fn resync(&mut self) -> Result<(), NetlinkError> {
-        let messages: Vec<_> = self
-            .handle
-            .neighbours()
-            .get()
-            .set_address_family(AddressFamily::Inet)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(NetlinkError::new("list neighbours"))?;
-        self.neighbours = messages.iter().filter_map(neighbour).collect();
+        self.neighbours = list(&self.handle).await?.iter().filter_map(neighbour).collect();
         self.requested.retain(|key| self.neighbours.contains_key(key));
         self.reroute().await;
         Ok(())
@@ -296,10 +292,10 @@ fn neighbour(message: &NeighbourMessage) -> Option<(NeighbourKey, Neighbour)> {
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::Destination(NeighbourAddress::Inet(destination)) => {
-                address = Some(*destination)
+                address = Some(*destination);
             }
             NeighbourAttribute::LinkLayerAddress(octets) => {
-                mac = octets.as_slice().try_into().ok().map(Mac::new)
+                mac = octets.as_slice().try_into().ok().map(Mac::new);
             }
             NeighbourAttribute::ExtFlags(flags) => managed = flags.contains(NeighbourExtFlags::Managed),
             _ => {}
@@ -322,6 +318,31 @@ fn neighbour(message: &NeighbourMessage) -> Option<(NeighbourKey, Neighbour)> {
         failed: state == NeighbourState::Failed,
     };
     Some(((message.header.ifindex, address?), entry))
+}
+
+/// Lets go the managed neighbours that a gateway left on its underlay interfaces.
+///
+/// # Errors
+///
+/// The neighbour table cannot be read.
+pub async fn release(handle: &Handle, host: &Host, config: &Config) -> Result<(), NetlinkError> {
+    let underlay = |link: &&Link| host.roles(config, link).has(Roles::UNDERLAY);
+    let interfaces: BTreeSet<u32> = host.links.values().filter(underlay).map(|link| link.index).collect();
+    for message in list(handle).await? {
+        let ours = message.attributes.contains(&NeighbourAttribute::Protocol(PROTOCOL));
+        if let Some((key, Neighbour { managed: true, .. })) = neighbour(&message)
+            && ours
+            && interfaces.contains(&key.0)
+        {
+            manage(handle, key, false).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn list(handle: &Handle) -> Result<Vec<NeighbourMessage>, NetlinkError> {
+    let request = handle.neighbours().get().set_address_family(AddressFamily::Inet);
+    request.execute().try_collect().await.map_err(NetlinkError::new("list neighbours"))
 }
 
 /// Sets or clears the managed flag of a neighbour; setting creates it. Clearing goes by an ordinary use of the entry.

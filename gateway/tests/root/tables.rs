@@ -203,7 +203,8 @@ fn tables_follow_the_plan_and_survive_a_restart() {
         assert_eq!(look.pods.read().unwrap().len(), 2);
 
         // A next hop that moves flips the slot; the old one stays as it was for those that still read it.
-        reconciler.apply(&two, &slots(&config, &two, &hop(2)), Scope::Only(&Changes::default()));
+        let moved = Changes { vteps: two.vteps.keys().cloned().collect(), ..Changes::default() };
+        reconciler.apply(&two, &slots(&config, &two, &hop(2)), Scope::Only(&moved));
         let second = look.vteps.read().unwrap()[&id_b];
         assert_eq!(second.active, 1 - first.active);
         assert_eq!(second.slots[first.active as usize], *first.slot());

@@ -58,10 +58,10 @@ impl Rig {
                 }
             }
         };
-        match timeout(Duration::from_secs(5), wait).await {
-            Ok(hop) => hop,
-            Err(_) => panic!("still {:?}", self.hop(path).await),
-        }
+        let Ok(hop) = timeout(Duration::from_secs(5), wait).await else {
+            panic!("still {:?}", self.hop(path).await)
+        };
+        hop
     }
 }
 

@@ -1,7 +1,8 @@
 //! Program and host engine on the same random frames: they must agree in verdict, bytes and counters.
 //!
 //! The engine is no oracle here, it is the same code: what this finds are faults of the shell, of the compiler and of
-//! the kernel's answers. So the frames are such that every way through the engine is taken.
+//! the kernel's answers. The oracle is [`invariant`]: what holds for every frame. The frames are such that every way
+//! through the engine is taken.
 //!
 //! Environment: `GATEWAY_TEST_FULL` for twenty times as many frames, `GATEWAY_TEST_SEED` to repeat a run.
 
@@ -21,7 +22,7 @@ use rand::{Rng, RngExt as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRando
 
 use crate::{
     case::FromNode,
-    evidence,
+    evidence, invariant,
     packet::{ARP, Address, Arp, Ip, Link},
     rig,
     subject::{Counters, Returned, Subject},
@@ -114,15 +115,19 @@ fn compare(name: &str, world: &World, frames: u32, random: &mut SmallRng, seen: 
         let (returned, program) = subject.run(&frame);
         let outcome = verdict.info().expect("a verdict has an outcome").outcome;
         *seen.entry(outcome).or_default() += 1;
+        let broken = invariant::check(outcome, &frame, &program).err();
         let total = subject.counter(outcome.number());
         let before = &mut counted[outcome.number() as usize];
         let grown = (total.0 - before.0, total.1 - before.1);
         *before = total;
-        if returned != returned_for(verdict) || program != engine || grown != (1, frame.len() as u64) {
+        let agree =
+            returned == returned_for(verdict) && program == engine && grown == (1, frame.len() as u64);
+        if !agree || broken.is_some() {
             let path = evidence::keep(&format!("disagreement-{name}-{number}"), &[&frame, &program, &engine]);
             faults.push(format!(
                 "{name}, frame {number}: the engine says {verdict:?}, the program returned {returned:?} and counted \
-                 {grown:?} there; {path} has the frame before, after the program, after the engine"
+                 {grown:?} there{}; {path} has the frame before, after the program, after the engine",
+                broken.map(|what| format!("; {what}")).unwrap_or_default(),
             ));
             if faults.len() == ENOUGH {
                 break;

@@ -13,6 +13,7 @@ mod agreement;
 mod case;
 mod evidence;
 mod golden;
+mod invariant;
 mod layout;
 mod limits;
 mod live;

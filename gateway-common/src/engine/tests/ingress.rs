@@ -277,6 +277,19 @@ fn the_tunnel_port_elsewhere(#[case] to: [u8; 4], #[case] mac: [u8; 6], #[case] 
     assert_eq!(outcome(&gateway(), &frame), expected);
 }
 
+/// VLANs without a role are no way round.
+#[rstest]
+#[case::vtep_address(LOCAL, NIC, Outcome::TunnelPortExternal)]
+#[case::other_local_address(OVERLAY_ADDRESS, NIC, Outcome::TunnelPortExternal)]
+#[case::broadcast([255; 4], [0xff; 6], Outcome::TunnelPortExternal)]
+#[case::routed_elsewhere([203, 0, 113, 1], NIC, Outcome::NoRole)]
+fn the_tunnel_port_without_a_role(#[case] to: [u8; 4], #[case] mac: [u8; 6], #[case] expected: Outcome) {
+    let mut tables = gateway();
+    tables.config.roles = Roles::NONE;
+    let frame = ethernet(mac, NODE_NIC, 0x0800, &udp(NODE, to, 64, 0, (1, PORT), &VNI_1));
+    assert_eq!(outcome(&tables, &frame), expected);
+}
+
 #[test]
 fn other_ports_of_the_vtep_address_are_the_kernels() {
     let frame = ethernet(NIC, NODE_NIC, 0x0800, &udp(NODE, LOCAL, 64, 0, (1, 53), b"query"));
