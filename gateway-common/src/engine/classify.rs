@@ -14,7 +14,8 @@ pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
 pub(super) const SCTP: u8 = 132;
 
-const FRAGMENT_BITS: u16 = 0x3fff; // more fragments, and the offset
+/// More fragments, and the offset.
+pub(super) const FRAGMENT_BITS: u16 = 0x3fff;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
 /// The link layer of a frame.

@@ -2,7 +2,7 @@
 
 use network_types::ip::Ipv4Hdr;
 
-use super::{Frame, Verdict, mss::Clamp};
+use super::{Frame, Verdict};
 use crate::{
     abi::{
         Config, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
@@ -86,6 +86,7 @@ impl<const L2: usize> TunnelHeader<L2> {
 }
 
 /// Puts the slot's header in front of a packet that has `link_len` bytes of link header and `space` bytes behind it.
+/// `limit` is [`mss::limit`](super::mss::limit).
 #[inline(always)]
 pub(super) fn to_vtep<F: Frame>(
     frame: &mut F,
@@ -94,19 +95,17 @@ pub(super) fn to_vtep<F: Frame>(
     space: u32,
     slot: &VtepSlot,
     outer: Outer,
-    clamp: Clamp,
+    limit: u16,
 ) -> Verdict {
     let result = match slot.header_len {
-        HEADER_VXLAN => tunnelled::<F, { Ethernet::LEN }>(frame, link_len, space, slot, outer, clamp),
-        HEADER_VXLAN_TAGGED => {
-            tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer, clamp)
-        }
-        HEADER_DIRECT => direct::<F, { Ethernet::LEN }>(frame, link_len, slot, clamp),
-        HEADER_DIRECT_TAGGED => direct::<F, { TaggedEthernet::LEN }>(frame, link_len, slot, clamp),
+        HEADER_VXLAN => tunnelled::<F, { Ethernet::LEN }>(frame, link_len, space, slot, outer),
+        HEADER_VXLAN_TAGGED => tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer),
+        HEADER_DIRECT => direct::<F, { Ethernet::LEN }>(frame, link_len, slot),
+        HEADER_DIRECT_TAGGED => direct::<F, { TaggedEthernet::LEN }>(frame, link_len, slot),
         _ => Err(Verdict::drop(Outcome::VtepMissing)),
     };
     match result {
-        Ok(outcome) => Verdict::send(outcome, slot.ifindex, config),
+        Ok(outcome) => Verdict::send(outcome, slot.ifindex, config).clamping(limit),
         Err(verdict) => verdict,
     }
 }
@@ -118,13 +117,11 @@ fn tunnelled<F: Frame, const L2: usize>(
     space: u32,
     slot: &VtepSlot,
     outer: Outer,
-    clamp: Clamp,
 ) -> Result<Outcome, Verdict> {
     let routed: &mut Routed<TunnelHeader<L2>> = resized(frame, link_len, TunnelHeader::<L2>::LEN)?;
     routed.front = *TunnelHeader::<L2>::template(slot);
     routed.front.patch(slot, space, outer);
     hop(&mut routed.ip);
-    clamp.apply(frame, TunnelHeader::<L2>::LEN).ok_or(Verdict::drop(Outcome::ResizeFailed))?;
     Ok(Outcome::Encap)
 }
 
@@ -133,12 +130,10 @@ fn direct<F: Frame, const L2: usize>(
     frame: &mut F,
     link_len: usize,
     slot: &VtepSlot,
-    clamp: Clamp,
 ) -> Result<Outcome, Verdict> {
     let routed: &mut Routed<[u8; L2]> = resized(frame, link_len, L2)?;
     routed.front = *view::prefix(&slot.header);
     hop(&mut routed.ip);
-    clamp.apply(frame, L2).ok_or(Verdict::drop(Outcome::ResizeFailed))?;
     Ok(Outcome::RouteDirect)
 }
 
@@ -151,8 +146,6 @@ pub(super) struct Outward {
     pub vlan: u16,
     /// New ECN bits, if they change.
     pub ecn: Option<u8>,
-    /// MSS option to lower.
-    pub clamp: Clamp,
 }
 
 /// Strips everything in front of the packet at `at`, and gives it a link header for the outside.
@@ -172,8 +165,7 @@ pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward) -
         set_ecn(ip, ecn);
     }
     hop(ip);
-    let ip = if outward.vlan == 0 { Ethernet::LEN } else { TaggedEthernet::LEN };
-    outward.clamp.apply(frame, ip).ok_or(Verdict::drop(Outcome::ResizeFailed))
+    Ok(())
 }
 
 /// Makes what stands in front of the IP packet `to` bytes long instead of `from`.

@@ -4,12 +4,11 @@ use network_types::vxlan::VXLAN_I_FLAG_MASK;
 
 use super::{
     Frame, Tables, Verdict, arp,
-    classify::{self, Link, Packet, TCP, Tunnel},
-    mss::{self, Clamp},
-    outward,
+    classify::{self, Link, Packet, Tunnel},
+    mss, outward,
 };
 use crate::{
-    abi::{Outcome, Overlay, OverlayAddress, OverlayFlags, Roles, Vtep, VtepFlags},
+    abi::{Outcome, Overlay, OverlayAddress, OverlayFlags, Roles, VtepFlags},
     wire::{EtherType, Ipv4, Mac, TunnelHeaders, Vni},
 };
 
@@ -80,11 +79,12 @@ pub(super) fn from_tunnel<F: Frame, T: Tables>(
         check_inner_source(tables, overlay, id, inner.source, sender.vtep)?;
     }
     let ecn = decapsulated_ecn(outer.tos, inner.tos)?;
-    let clamp = match sender {
-        Some(sender) => clamp(frame, tables, overlay, inner, sender.vtep),
-        None => Clamp::NONE,
+    // The path back to the pod: 0 while it is not known.
+    let limit = match sender.and_then(|sender| tables.vtep(sender.vtep)) {
+        Some(vtep) => mss::limit(overlay, vtep.slot().mtu),
+        None => 0,
     };
-    outward::route(frame, tables, inner, ecn, clamp, Outcome::Decap)
+    outward::route(frame, tables, inner, ecn, limit, Outcome::Decap)
 }
 
 /// Forwards a plain packet of a pod whose node is reached without a tunnel (flannel's DirectRouting); `Ok` if it is
@@ -106,25 +106,13 @@ pub(super) fn from_direct_node<F: Frame, T: Tables>(
             continue;
         };
         if vtep.slot().flags.has(VtepFlags::READY.with(VtepFlags::DIRECT)) {
-            let clamp = clamp(frame, tables, overlay, packet, route.vtep);
-            return match outward::route(frame, tables, packet, None, clamp, Outcome::DirectIn) {
+            let limit = mss::limit(overlay, vtep.slot().mtu);
+            return match outward::route(frame, tables, packet, None, limit, Outcome::DirectIn) {
                 Ok(verdict) | Err(verdict) => Err(verdict),
             };
         }
     }
     Ok(())
-}
-
-/// The MSS option of a pod's SYN, if what it announces does not fit the path back to the pod.
-#[inline(always)]
-fn clamp<F: Frame, T: Tables>(frame: &F, tables: &T, overlay: &Overlay, inner: Packet, vtep: u32) -> Clamp {
-    if !overlay.flags.has(OverlayFlags::CLAMP_MSS) || inner.protocol != TCP {
-        return Clamp::NONE;
-    }
-    match tables.vtep(vtep).map(Vtep::slot) {
-        Some(slot) if slot.flags.has(VtepFlags::READY) => mss::find(frame, inner, slot.mtu),
-        _ => Clamp::NONE,
-    }
 }
 
 /// Every bit that the overlay does not allow must be 0, as Linux wants it (RFC 7348 would ignore them).

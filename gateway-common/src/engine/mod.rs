@@ -32,9 +32,11 @@ use crate::{
 /// Decides what becomes of a frame, and edits it accordingly.
 #[inline(always)]
 pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
-    match decide(frame, tables) {
-        Ok(verdict) | Err(verdict) => verdict,
+    let (Ok(verdict) | Err(verdict)) = decide(frame, tables);
+    if verdict.mtu() != 0 {
+        let _ = mss::clamp(frame, verdict.number(), verdict.mtu());
     }
+    verdict
 }
 
 /// `Err` is an early end, not an error.

@@ -1,13 +1,20 @@
 //! MSS clamping: a TCP SYN may not announce segments that do not fit the path behind the tunnel.
 //!
 //! Clients on a LAN of 1500 bytes would otherwise send every full segment too large. Only the value of the option and
-//! the checksum change, never the length.
+//! the checksum change, never the length. This is the last edit, on the frame as it leaves: the search for the option
+//! has many ways, and the verifier follows whatever comes after for each of them.
+
+use network_types::ip::Ipv4Hdr;
 
 use super::{
     Frame,
-    classify::{Packet, TCP},
+    classify::{FRAGMENT_BITS, TCP},
 };
-use crate::{checksum, wire::Be16};
+use crate::{
+    abi::{Outcome, Overlay, OverlayFlags},
+    checksum,
+    wire::{Be16, EtherType, Ethernet, TaggedEthernet, TunnelHeaders},
+};
 
 const HEADER: usize = 20;
 const FLAGS: usize = 13;
@@ -21,49 +28,49 @@ const OPTIONS: usize = 4;
 /// IPv4 and TCP headers without options, which the MSS does not count (RFC 6691).
 const HEADERS: u16 = 40;
 
-/// An MSS option that must be lowered, or nothing to do.
-///
-/// One machine word, for the reason that [`Verdict`](super::Verdict) is one: of an `Option`, the compiler moves the
-/// parts that were never written as well, which the verifier refuses.
-#[derive(Clone, Copy)]
-pub(super) struct Clamp {
-    /// New value and old value as they lie in memory, offset of the value behind the TCP header's start, length of
-    /// the IP header: 16 bits each. 0 is nothing to do.
-    word: u64,
+/// The MTU to which SYNs through a VTEP of `mtu` bytes are held; 0 if they are not.
+#[inline(always)]
+pub(super) fn limit(overlay: &Overlay, mtu: u16) -> u16 {
+    if overlay.flags.has(OverlayFlags::CLAMP_MSS) { mtu } else { 0 }
 }
 
-/// Looks for an MSS option above what `mtu` allows, in bytes.
+/// Lowers the MSS option of a frame that leaves as `outcome`, if it is a SYN that announces more than fits `mtu` bytes.
+/// `None` if there is nothing to lower.
 #[inline(always)]
-pub(super) fn find<F: Frame>(frame: &F, packet: Packet, mtu: u16) -> Clamp {
-    look(frame, packet, mtu).unwrap_or(Clamp::NONE)
-}
-
-#[inline(always)]
-fn look<F: Frame>(frame: &F, packet: Packet, mtu: u16) -> Option<Clamp> {
-    if packet.protocol != TCP || packet.is_fragment() {
+pub(super) fn clamp<F: Frame>(frame: &mut F, outcome: u32, mtu: u16) -> Option<()> {
+    let link = match frame.read::<Ethernet>(0)?.kind {
+        EtherType::VLAN => TaggedEthernet::LEN,
+        _ => Ethernet::LEN,
+    };
+    let encapsulated = outcome == Outcome::Encap.number();
+    let at = if encapsulated { link + size_of::<Ipv4Hdr>() + TunnelHeaders::LEN } else { link };
+    let ip = frame.read::<Ipv4Hdr>(at)?;
+    if ip.proto != TCP || u16::from_be_bytes(ip.frags) & FRAGMENT_BITS != 0 {
         return None;
     }
-    let tcp = packet.transport();
+    // What has IP options is left to the kernel.
+    let tcp = at + size_of::<Ipv4Hdr>();
     let header = frame.read::<[u8; HEADER]>(tcp)?;
     if header[FLAGS] & SYN == 0 {
         return None;
     }
-    let length = usize::from(header[12] >> 4) * 4;
+    let end = usize::from(header[12] >> 4) * 4;
     let mut at = HEADER;
     for _ in 0..OPTIONS {
-        if at + 4 > length {
+        if at + 4 > end {
             return None;
         }
         let &[kind, size, high, low] = frame.read::<[u8; 4]>(tcp + at)?;
         match kind {
             END => return None,
-            NOP => at += 1,
             MAXIMUM_SEGMENT_SIZE => {
                 let limit = mtu.saturating_sub(HEADERS);
-                let lower = size == 4 && u16::from_be_bytes([high, low]) > limit;
-                let clamp = Clamp::new(packet.header_len, at + 2, [high, low], Be16::new(limit).bytes);
-                return if lower { Some(clamp) } else { None };
+                if size != 4 || u16::from_be_bytes([high, low]) <= limit {
+                    return None;
+                }
+                return replace(frame, tcp, at + 2, [high, low], Be16::new(limit).bytes);
             }
+            NOP => at += 1,
             _ if size < 2 => return None,
             _ => at += usize::from(size),
         }
@@ -71,32 +78,15 @@ fn look<F: Frame>(frame: &F, packet: Packet, mtu: u16) -> Option<Clamp> {
     None
 }
 
-impl Clamp {
-    /// Nothing to do.
-    pub(super) const NONE: Self = Self { word: 0 };
-
-    #[inline(always)]
-    const fn new(ip_header: usize, value: usize, old: [u8; 2], new: [u8; 2]) -> Self {
-        let (old, new) = (u16::from_ne_bytes(old) as u64, u16::from_ne_bytes(new) as u64);
-        Self { word: new << 48 | old << 32 | (value as u64) << 16 | ip_header as u64 }
-    }
-
-    /// Writes the lower value into the packet whose IP header starts at `ip`; `None` if the frame ends before.
-    #[inline(always)]
-    pub(super) fn apply<F: Frame>(self, frame: &mut F, ip: usize) -> Option<()> {
-        if self.word == Self::NONE.word {
-            return Some(());
-        }
-        let (new, old) = (((self.word >> 48) as u16).to_ne_bytes(), ((self.word >> 32) as u16).to_ne_bytes());
-        let value = (self.word >> 16) as usize & 0x3f;
-        let tcp = ip + (self.word as usize & 0x3f);
-        *frame.write::<[u8; 2]>(tcp + value)? = new;
-        let check = frame.write::<[u8; 2]>(tcp + CHECKSUM)?;
-        // At an odd offset the value's bytes belong to two words: the high byte is the low one of the first
-        // (RFC 1071 section 2 B).
-        let odd = value & 1 != 0;
-        let word = |[high, low]: [u8; 2]| if odd { [low, high] } else { [high, low] };
-        *check = checksum::update(*check, word(old), word(new));
-        Some(())
-    }
+/// Replaces the bytes at offset `value` of the TCP header, and mends its checksum.
+#[inline(always)]
+fn replace<F: Frame>(frame: &mut F, tcp: usize, value: usize, old: [u8; 2], new: [u8; 2]) -> Option<()> {
+    *frame.write::<[u8; 2]>(tcp + value)? = new;
+    // At an odd offset the value's bytes belong to two words: the high byte is the low one of the first
+    // (RFC 1071 section 2 B).
+    let odd = value & 1 != 0;
+    let word = |[high, low]: [u8; 2]| if odd { [low, high] } else { [high, low] };
+    let check = frame.write::<[u8; 2]>(tcp + CHECKSUM)?;
+    *check = checksum::update(*check, word(old), word(new));
+    Some(())
 }

@@ -4,21 +4,21 @@ use super::{
     Fib, FibQuery, Frame, Tables, Verdict,
     classify::Packet,
     emit::{self, Outward},
-    mss::Clamp,
 };
 use crate::{
     abi::{Egress, Outcome},
     wire::{EtherType, Ethernet},
 };
 
-/// Routes `packet`, which lies anywhere in the frame, out of the gateway; counts success as `outcome`.
+/// Routes `packet`, which lies anywhere in the frame, out of the gateway; counts success as `outcome`. `limit` is
+/// [`mss::limit`](super::mss::limit).
 #[inline(always)]
 pub(super) fn route<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     packet: Packet,
     ecn: Option<u8>,
-    clamp: Clamp,
+    limit: u16,
     outcome: Outcome,
 ) -> Result<Verdict, Verdict> {
     if packet.has_options() {
@@ -52,6 +52,6 @@ pub(super) fn route<F: Frame, T: Tables>(
         return Err(Verdict::pass(Outcome::OutTtlExpired));
     }
     let link = Ethernet { dst: next_hop, src: source, kind: EtherType::IPV4 };
-    emit::to_outside(frame, packet.at, Outward { link, vlan: egress.vlan, ecn, clamp })?;
-    Ok(Verdict::send(outcome, egress.ifindex, tables.config()))
+    emit::to_outside(frame, packet.at, Outward { link, vlan: egress.vlan, ecn })?;
+    Ok(Verdict::send(outcome, egress.ifindex, tables.config()).clamping(limit))
 }

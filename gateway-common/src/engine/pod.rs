@@ -3,9 +3,7 @@
 use super::{
     Frame, Tables, Verdict,
     classify::{ICMP, Link, Packet, SCTP, TCP, UDP},
-    emit,
-    mss::{self, Clamp},
-    too_big,
+    emit, mss, too_big,
 };
 use crate::{
     abi::{Outcome, OverlayFlags, VtepFlags},
@@ -55,14 +53,10 @@ pub(super) fn from_outside<F: Frame, T: Tables>(
             let mtu = slot.mtu;
             return Err(too_big::answer(frame, tables, link, packet, mtu));
         }
-        let clamp = if overlay.flags.has(OverlayFlags::CLAMP_MSS) {
-            mss::find(frame, packet, slot.mtu)
-        } else {
-            Clamp::NONE
-        };
+        let limit = mss::limit(overlay, slot.mtu);
         let copy_df = overlay.flags.has(OverlayFlags::DF_INHERIT) && packet.fragment & DONT_FRAGMENT != 0;
         let outer = emit::Outer { hash: flow(frame, packet).hash(), tos: packet.tos, dont_fragment: copy_df };
-        return Err(emit::to_vtep(frame, config, link.len, packet.space, slot, outer, clamp));
+        return Err(emit::to_vtep(frame, config, link.len, packet.space, slot, outer, limit));
     }
     Ok(())
 }

@@ -23,6 +23,7 @@ const TOS: u8 = 0xc0;
 
 /// Bytes that come in front: the error's own headers.
 const FRONT: usize = size_of::<Ipv4Hdr>() + ICMP_HEADER;
+const GROWTH: i32 = 28;
 
 /// The link header of the error, and the client's, which the growth left behind it.
 #[repr(C)]
@@ -97,7 +98,7 @@ fn edit<F: Frame, L: LinkHeader, const GAP: usize>(
     to: Ipv4,
     mtu: u16,
 ) -> Result<(), Verdict> {
-    if !frame.grow_front(FRONT as i32) {
+    if !frame.grow_front(GROWTH) {
         return Err(Verdict::pass(Outcome::NoHeadroom));
     }
     let failed = Verdict::drop(Outcome::ResizeFailed);
@@ -143,3 +144,5 @@ fn edit<F: Frame, L: LinkHeader, const GAP: usize>(
     answer.icmp = [DESTINATION_UNREACHABLE, FRAGMENTATION_NEEDED, check_high, check_low, 0, 0, high, low];
     Ok(())
 }
+
+const _: () = assert!(FRONT == GROWTH as usize);

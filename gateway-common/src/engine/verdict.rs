@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::abi::{Config, Outcome, OutcomeInfo};
+use crate::abi::{Config, OUTCOME_CAPACITY, Outcome, OutcomeInfo};
 
 /// What the driver is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,8 @@ pub enum Action {
 /// verifier refuses the unaligned copies that the compiler makes of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// Interface index (32 bits), action (16 bits), outcome number (16 bits).
+    /// Interface index (32 bits), MTU to which SYNs are held (16 bits, 0 for none), action (8 bits), outcome number
+    /// (8 bits).
     word: u64,
 }
 
@@ -34,7 +35,7 @@ const TRANSMIT: u64 = 2;
 impl Verdict {
     #[inline(always)]
     const fn new(outcome: Outcome, action: u64, ifindex: u32) -> Self {
-        Self { word: (ifindex as u64) << 32 | action << 16 | outcome.number() as u64 }
+        Self { word: (ifindex as u64) << 32 | action << 8 | outcome.number() as u64 }
     }
 
     /// The kernel gets the frame as it came.
@@ -59,16 +60,28 @@ impl Verdict {
         }
     }
 
+    /// The same for a frame whose TCP SYN is held to `mtu` bytes, unless that is 0.
+    #[inline(always)]
+    pub(super) const fn clamping(self, mtu: u16) -> Self {
+        Self { word: self.word | (mtu as u64) << 16 }
+    }
+
+    /// What [`clamping`](Self::clamping) said.
+    #[inline(always)]
+    pub(super) const fn mtu(self) -> u16 {
+        (self.word >> 16) as u16
+    }
+
     /// Number of the outcome: index of its counter.
     #[inline(always)]
     pub const fn number(self) -> u32 {
-        (self.word & 0xffff) as u32
+        (self.word & 0xff) as u32
     }
 
     /// What happens to the frame.
     #[inline(always)]
     pub const fn action(self) -> Action {
-        match (self.word >> 16) & 0xffff {
+        match (self.word >> 8) & 0xff {
             PASS => Action::Pass,
             DROP => Action::Drop,
             _ => match (self.word >> 32) as u32 {
@@ -90,3 +103,5 @@ impl fmt::Debug for Verdict {
         write!(f, "{label} ({:?})", self.action())
     }
 }
+
+const _: () = assert!(OUTCOME_CAPACITY <= 1 << 8);

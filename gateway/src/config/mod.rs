@@ -118,6 +118,8 @@ pub struct Overlay {
     pub dscp: u8,
     /// Tolerate VXLAN group policy bits.
     pub allow_gbp: bool,
+    /// Lower the MSS in TCP SYNs to what the path takes.
+    pub mss_clamp: bool,
     /// Prefix of flannel's annotation keys.
     pub annotation_prefix: String,
 }

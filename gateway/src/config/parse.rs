@@ -81,6 +81,7 @@ pub(super) struct OverlayDraft {
     pub(super) ttl: Option<Located<u8>>,
     pub(super) dscp: Option<Located<u8>>,
     pub(super) allow_gbp: Option<Located<bool>>,
+    pub(super) mss_clamp: Option<Located<bool>>,
     pub(super) annotation_prefix: Option<Located<String>>,
 }
 
@@ -218,6 +219,7 @@ fn read_overlay(mut section: Section<'_>) -> OverlayDraft {
         ttl: read_or(&mut section, "ttl", TTL, DEFAULT_TTL),
         dscp: read_or(&mut section, "dscp", DSCP, 0),
         allow_gbp: read_or(&mut section, "allow_gbp", BOOLEAN, false),
+        mss_clamp: read_or(&mut section, "mss_clamp", BOOLEAN, true),
         annotation_prefix: read_or(
             &mut section,
             "annotation_prefix",
@@ -248,6 +250,7 @@ impl OverlayDraft {
             ttl: self.ttl?.value,
             dscp: self.dscp?.value,
             allow_gbp: self.allow_gbp?.value,
+            mss_clamp: self.mss_clamp?.value,
             annotation_prefix: self.annotation_prefix?.value,
         })
     }

@@ -63,6 +63,7 @@ fn the_sample_is_valid_and_means_what_it_says() {
                 ttl: 64,
                 dscp: 0,
                 allow_gbp: false,
+                mss_clamp: true,
                 annotation_prefix: "flannel.alpha.coreos.com/".into(),
             }],
             datapath: Datapath {

@@ -406,7 +406,7 @@ impl Daemon {
             ));
             return Ok(());
         };
-        let constants = constants(&self.config, link)?;
+        let constants = constants(&self.config, &self.host, link)?;
         if self.programs.is_current(link, &constants) {
             return Ok(());
         }

@@ -8,7 +8,7 @@ use gateway_common::{
 
 use crate::{
     config::{Config, DontFragment, Overlay, SourceCheck},
-    kernel::host::Link,
+    kernel::host::{Host, Link},
 };
 
 /// The configuration asks for more than the program has room for.
@@ -26,14 +26,18 @@ pub enum TooMany {
     Vlans(usize, String),
 }
 
-/// Constants for the program on the device `link`.
+/// Constants for the program on the device `link` of this host.
 ///
 /// # Errors
 ///
 /// [`TooMany`]: the configuration does not fit.
-pub fn constants(config: &Config, link: &Link) -> Result<abi::Config, TooMany> {
-    let mut constants =
-        abi::Config { ifindex: link.index, mac: link.mac.unwrap_or_default(), ..abi::Config::zeroed() };
+pub fn constants(config: &Config, host: &Host, link: &Link) -> Result<abi::Config, TooMany> {
+    let mut constants = abi::Config {
+        ifindex: link.index,
+        mac: link.mac.unwrap_or_default(),
+        address: host.client_address(config, link).map(Into::into).unwrap_or_default(),
+        ..abi::Config::zeroed()
+    };
 
     let mut vlans = Vec::new();
     for interface in config.interfaces.iter().filter(|interface| interface.name == link.name) {
@@ -58,6 +62,7 @@ fn overlay(overlay: &Overlay) -> abi::Overlay {
         (overlay.source_check != SourceCheck::Off, OverlayFlags::SOURCE_CHECK),
         (overlay.allow_gbp, OverlayFlags::ALLOW_GBP),
         (overlay.dont_fragment == DontFragment::Inherit, OverlayFlags::DF_INHERIT),
+        (overlay.mss_clamp, OverlayFlags::CLAMP_MSS),
     ];
     let flags = switches
         .into_iter()

@@ -175,6 +175,7 @@ mod tests {
             ttl: 64,
             dscp: 0,
             allow_gbp: false,
+            mss_clamp: true,
             annotation_prefix: "flannel.alpha.coreos.com/".to_owned(),
         }
     }

@@ -117,6 +117,8 @@ pub struct Host {
     pub links: BTreeMap<u32, Link>,
     /// IPv4 addresses and the device that has them.
     pub addresses: BTreeSet<(Ipv4Addr, u32)>,
+    /// The first address of each device that has one: what the kernel sends from.
+    pub primary: BTreeMap<u32, Ipv4Addr>,
 }
 
 impl Host {
@@ -135,9 +137,15 @@ impl Host {
             .try_collect()
             .await
             .map_err(NetlinkError::new("list addresses"))?;
+        let addresses: Vec<_> = addresses.iter().filter_map(address).collect();
+        let mut primary = BTreeMap::new();
+        for (address, index) in &addresses {
+            primary.entry(*index).or_insert(*address);
+        }
         Ok(Self {
             links: links.iter().filter_map(link).map(|link| (link.index, link)).collect(),
-            addresses: addresses.iter().filter_map(address).collect(),
+            addresses: addresses.into_iter().collect(),
+            primary,
         })
     }
 
@@ -162,6 +170,21 @@ impl Host {
             .iter()
             .filter(|interface| interface.name == port.name && interface.vlan == vlan)
             .fold(Roles::NONE, |roles, interface| roles.with(interface.roles))
+    }
+
+    /// The address from which clients behind `port` get ICMP errors: the primary one of the device itself, or where
+    /// only its VLANs have clients, of the first VLAN device that has one. `None` where there are no clients.
+    pub fn client_address(&self, config: &Config, port: &Link) -> Option<Ipv4Addr> {
+        let external = |link: &&Link| self.roles(config, link).has(Roles::EXTERNAL);
+        let vlans = self
+            .links
+            .values()
+            .filter(|link| matches!(&link.kind, Kind::Vlan { parent, .. } if *parent == port.index));
+        std::iter::once(port)
+            .chain(vlans)
+            .filter(external)
+            .find_map(|link| self.primary.get(&link.index))
+            .copied()
     }
 
     /// Goal of the address table: what the kernel owns, and our addresses in the overlays.

@@ -39,6 +39,7 @@ fn overlay(name: &str, prefix: &str, third: u8, source_check: SourceCheck) -> Ov
         ttl: 64,
         dscp: 0,
         allow_gbp: false,
+        mss_clamp: true,
         annotation_prefix: prefix.into(),
     }
 }

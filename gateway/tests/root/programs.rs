@@ -29,7 +29,7 @@ fn programs(config: &Config) -> Programs {
 
 async fn attach(programs: &mut Programs, config: &Config, name: &str) -> Result<(), LoadError> {
     let link = link(name).await;
-    programs.attach(&link, &constants(config, &link).unwrap())
+    programs.attach(&link, &constants(config, &Host::default(), &link).unwrap())
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn an_attachment_outlives_the_daemon_and_is_swapped() {
         let before = link("und").await;
         assert_eq!(before.xdp.mode, Some(AttachMode::Driver));
         assert!(before.xdp.program.is_some());
-        assert!(first.is_current(&before, &constants(&config, &before).unwrap()));
+        assert!(first.is_current(&before, &constants(&config, &Host::default(), &before).unwrap()));
         drop(first);
         assert_eq!(link("und").await.xdp, before.xdp, "nobody detaches when the daemon ends");
 

@@ -75,6 +75,7 @@ pub(crate) fn overlay() -> Overlay {
         ttl: 64,
         dscp: 0,
         allow_gbp: false,
+        mss_clamp: true,
         annotation_prefix: "flannel.alpha.coreos.com/".to_owned(),
     }
 }

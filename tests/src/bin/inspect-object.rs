@@ -46,7 +46,7 @@ fn main() -> Result<()> {
     let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut inspection = Inspection { loads: BTreeMap::new(), maps: Vec::new() };
     for (name, config) in [
-        ("one-overlay", config(1, 0, OverlayFlags::SOURCE_CHECK)),
+        ("one-overlay", config(1, 0, OverlayFlags::SOURCE_CHECK.with(OverlayFlags::CLAMP_MSS))),
         ("everything", config(MAX_OVERLAYS, MAX_VLANS, all_flags())),
     ] {
         let (load, maps) = load(&bytes, &config).with_context(|| format!("configuration {name}"))?;
@@ -58,7 +58,10 @@ fn main() -> Result<()> {
 }
 
 fn all_flags() -> OverlayFlags {
-    OverlayFlags::SOURCE_CHECK.with(OverlayFlags::ALLOW_GBP).with(OverlayFlags::DF_INHERIT)
+    OverlayFlags::SOURCE_CHECK
+        .with(OverlayFlags::ALLOW_GBP)
+        .with(OverlayFlags::DF_INHERIT)
+        .with(OverlayFlags::CLAMP_MSS)
 }
 
 /// One-armed, with this many overlays and VLANs.
@@ -67,6 +70,7 @@ fn config(overlays: usize, vlans: usize, flags: OverlayFlags) -> Config {
         ifindex: 2,
         mac: Mac { octets: [2, 0, 0, 0, 0, 1] },
         roles: Roles::BOTH,
+        address: Ipv4 { octets: [192, 0, 2, 254] },
         vlan_count: u32::try_from(vlans).unwrap_or(u32::MAX),
         overlay_count: u32::try_from(overlays).unwrap_or(u32::MAX),
         ..Config::default()

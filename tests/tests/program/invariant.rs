@@ -1,6 +1,9 @@
 //! What must hold for every frame, whatever it is: an oracle for random frames that knows nothing of the engine.
 
-use etherparse::{EtherType, NetSlice, SlicedPacket, TransportSlice, checksum::Sum16BitWords};
+use etherparse::{
+    EtherType, Icmpv4Type, NetSlice, SlicedPacket, TransportSlice, checksum::Sum16BitWords,
+    icmpv4::DestUnreachableHeader,
+};
 use gateway_common::abi::{Class, Outcome};
 
 /// UDP, VXLAN and inner Ethernet headers.
@@ -21,6 +24,7 @@ pub(crate) fn check(outcome: Outcome, input: &[u8], output: &[u8]) -> Result<(),
         }
         Outcome::Decap => routed(tunnelled(input)?, plain(output)?),
         Outcome::RouteDirect | Outcome::DirectIn => routed(&input[link_len(input)?..], plain(output)?),
+        Outcome::TooBigReply => too_big(input, output),
         Outcome::ArpReply => {
             let (before, after) = (&input[link_len(input)?..], &output[link_len(output)?..]);
             arp_answer(before, after)
@@ -105,11 +109,69 @@ fn routed(before: &[u8], after: &[u8]) -> Result<(), String> {
     for at in [1, 8, 10, 11] {
         expected[at] = new[at];
     }
-    same(&expected, after, "more than TTL, ECN and checksum of the packet")
+    if let Some(at) = segment_size(before) {
+        let size =
+            |packet: &[u8]| packet.get(at..at + 2).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
+        if size(after) < size(before) {
+            for byte in [at, at + 1, CHECKSUM, CHECKSUM + 1] {
+                expected[byte] = after[byte];
+            }
+            let sum = |packet: &[u8]| Sum16BitWords::new().add_slice(&packet[20..]).ones_complement();
+            if sum(before) != sum(after) {
+                return Err("the MSS was lowered, but not the TCP checksum by as much".to_owned());
+            }
+        }
+    }
+    same(&expected, after, "more than TTL, ECN, MSS and checksums of the packet")
+}
+
+/// Offset of the TCP checksum in a packet without IP options.
+const CHECKSUM: usize = 20 + 16;
+
+/// Offset of the value of the first MSS option of a SYN (RFC 9293 section 3.1).
+fn segment_size(packet: &[u8]) -> Option<usize> {
+    let fragment = u16::from_be_bytes([packet[6], packet[7]]) & 0x3fff != 0;
+    let tcp = packet.get(20..40)?;
+    if packet[0] != 0x45 || packet[9] != 6 || fragment || tcp[13] & 2 == 0 {
+        return None;
+    }
+    let end = 20 + usize::from(tcp[12] >> 4) * 4;
+    let mut at = 40;
+    while at + 4 <= end.min(packet.len()) {
+        match (packet[at], packet[at + 1]) {
+            (0, _) | (_, 0) => return None,
+            (1, _) => at += 1,
+            (2, 4) => return Some(at + 2),
+            (_, size) => at += usize::from(size),
+        }
+    }
+    None
 }
 
 fn valid(header: &[u8; 20]) -> bool {
     Sum16BitWords::new().add_slice(header).ones_complement() == 0
+}
+
+/// RFC 1191 section 4: the beginning of the packet comes back, with a size that it exceeds.
+fn too_big(input: &[u8], output: &[u8]) -> Result<(), String> {
+    let at = link_len(input)?;
+    let packet = SlicedPacket::from_ethernet(output).map_err(|error| error.to_string())?;
+    let (Some(NetSlice::Ipv4(ip)), Some(TransportSlice::Icmpv4(icmp))) = (&packet.net, &packet.transport)
+    else {
+        return Err("no ICMP error".to_owned());
+    };
+    let Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded { next_hop_mtu }) =
+        icmp.icmp_type()
+    else {
+        return Err(format!("{:?}", icmp.icmp_type()));
+    };
+    let right = output[..6] == input[6..12]
+        && ip.header().destination() == input[at + 12..at + 16]
+        && !icmp.payload().is_empty()
+        && icmp.payload() == &input[at..at + icmp.payload().len()]
+        && usize::from(next_hop_mtu) < input.len() - at
+        && icmp.icmp_type().calc_checksum(icmp.payload()) == icmp.checksum();
+    if right { Ok(()) } else { Err("not the error about this packet".to_owned()) }
 }
 
 /// RFC 826: sender and target change places, the sender is now the target that was asked for.

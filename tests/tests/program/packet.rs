@@ -3,7 +3,7 @@
 use etherparse::{
     ArpEthIpv4Packet, ArpOperation, ArpPacket, EtherType, Ethernet2Header, IcmpEchoHeader, Icmpv4Header,
     Icmpv4Type, IpDscp, IpEcn, IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, SingleVlanHeader, TcpHeader,
-    UdpHeader, VlanId, VlanPcp,
+    UdpHeader, VlanId, VlanPcp, icmpv4::DestUnreachableHeader,
 };
 use gateway_common::wire::Mac;
 
@@ -71,6 +71,27 @@ impl Ip {
         header.checksum = header.calc_checksum_ipv4(&packet.header(), data).unwrap();
         packet.payload = [&header.to_bytes(), data].concat();
         packet
+    }
+
+    /// A SYN with these options, filled up with zero bytes, and a right checksum.
+    pub(crate) fn syn(source: Address, destination: Address, options: &[u8]) -> Self {
+        let mut packet = Self::new(source, destination, TCP, Vec::new());
+        let mut header = TcpHeader::new(40_000, 80, 1, 64_240);
+        header.syn = true;
+        header.set_options_raw(options).unwrap();
+        header.checksum = header.calc_checksum_ipv4(&packet.header(), &[]).unwrap();
+        packet.payload = header.to_bytes().to_vec();
+        packet
+    }
+
+    /// The error of a router at `from` about `packet`, which does not fit `mtu` bytes (RFC 1191 section 4): the IP header
+    /// and eight bytes come back as they were.
+    pub(crate) fn too_big(from: Address, packet: &Self, mtu: u16) -> Self {
+        let kind = DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: mtu };
+        let quoted = &packet.bytes()[..28];
+        let header = Icmpv4Header::with_checksum(Icmpv4Type::DestinationUnreachable(kind), quoted);
+        // RFC 1812 section 4.3.2.5: precedence 6.
+        Self { tos: 0xc0, ..Self::new(from, packet.source, ICMP, [&header.to_bytes(), quoted].concat()) }
     }
 
     /// An echo request.

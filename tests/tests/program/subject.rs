@@ -5,10 +5,11 @@ use std::{collections::BTreeMap, ops::Sub};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
     maps::{
-        Array, HashMap, MapData, PerCpuArray,
+        Array, HashMap, MapData, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode},
+    util::nr_cpus,
 };
 use gateway::dataplane::load::OBJECT;
 use gateway_common::{
@@ -168,6 +169,14 @@ impl Subject {
             ..TestRunOptions::default()
         };
         program.test_run(options).unwrap();
+    }
+
+    /// Lets the program send ICMP errors again.
+    pub(crate) fn renew_allowance(&mut self) {
+        // How many, and since when: long ago.
+        let mut limit: PerCpuArray<_, [u64; 2]> = self.map("ICMP_LIMIT").try_into().unwrap();
+        let cpus = nr_cpus().unwrap();
+        limit.set(0, PerCpuValues::try_from(vec![[0; 2]; cpus]).unwrap(), 0).unwrap();
     }
 
     /// The whole counter table, summed over CPUs.

@@ -1,7 +1,7 @@
 //! Overlays, nodes and tables of the tests. The tables are described once, as the model's; the loaded program gets the
 //! same entries.
 
-use std::collections::BTreeMap;
+use std::{cell::Cell, collections::BTreeMap};
 
 use bytemuck::Zeroable as _;
 use etherparse::checksum::Sum16BitWords;
@@ -175,7 +175,12 @@ impl World {
     pub(crate) fn new(ports: Ports) -> Self {
         let config = config(&ports);
         let nodes = nodes(&ports);
-        let mut tables = HostTables { config, fib: rig::model(&ports), ..HostTables::default() };
+        let mut tables = HostTables {
+            config,
+            fib: rig::model(&ports),
+            icmp_allowance: Cell::new(u32::MAX),
+            ..HostTables::default()
+        };
         for (&id, node) in &nodes {
             tables.vteps.insert(id, entry(node.slot(&config)));
             let overlay = u32::try_from(node.overlay).unwrap();
@@ -249,12 +254,13 @@ fn config(ports: &Ports) -> Config {
         mask: Ipv4::new([255, 255, 255, 0]),
         flags,
     };
-    let check = OverlayFlags::SOURCE_CHECK;
+    let check = OverlayFlags::SOURCE_CHECK.with(OverlayFlags::CLAMP_MSS);
     let cilium = check.with(OverlayFlags::ALLOW_GBP).with(OverlayFlags::DF_INHERIT);
     let mut config = Config {
         ifindex: ports.own.index,
         mac: ports.own.mac,
         roles: Roles::BOTH,
+        address: Ipv4::new(rig::GATEWAY),
         vlan_count: 4,
         overlay_count: 4,
         overlays: [

@@ -4,6 +4,7 @@ mod arp;
 mod clients;
 mod links;
 mod nodes;
+mod path_mtu;
 
 use std::collections::BTreeSet;
 
@@ -32,10 +33,13 @@ const ARP_ANSWER: &str =
     "080000000000020082364c982e5606a66eb5692c0806000108000604000206a66eb5692c0a00010182364c982e560a0101ec";
 
 /// Outcomes that no frame can reach here, and why.
-const UNREACHABLE: &[(Outcome, &str)] = &[(
-    Outcome::ResizeFailed,
-    "every header that is written was read before, and resizing moves only the start of the frame",
-)];
+const UNREACHABLE: &[(Outcome, &str)] = &[
+    (
+        Outcome::ResizeFailed,
+        "every header that is written was read before, and resizing moves only the start of the frame",
+    ),
+    (Outcome::TooBigLimited, "takes more than one frame: see path_mtu"),
+];
 
 fn cases(world: &World) -> Vec<Case> {
     let parts = [
@@ -50,6 +54,9 @@ fn cases(world: &World) -> Vec<Case> {
         arp::tunnel_arp,
         links::links,
         links::kernels,
+        path_mtu::too_big,
+        path_mtu::edges,
+        path_mtu::segments,
     ];
     parts.into_iter().flat_map(|part| part(world)).collect()
 }
