@@ -61,9 +61,12 @@ pub const MTU: u32 = 1500;
 /// MTU inside the tunnel: 50 bytes less (protocol overhead over IPv4).
 pub const INNER_MTU: u32 = MTU - 50;
 
-const SWITCH: &str = "br0";
-const LAN: &str = "lan";
-const UNDERLAY_SWITCH: &str = "underlay";
+/// Name of a switch's bridge.
+pub const SWITCH: &str = "br0";
+/// The switch of clients and gateway.
+pub const LAN: &str = "lan";
+/// The switch of gateway and nodes.
+pub const UNDERLAY_SWITCH: &str = "underlay";
 const GATEWAY: &str = "gateway";
 const PODS_PER_NODE: u8 = 2;
 

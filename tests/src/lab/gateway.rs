@@ -34,7 +34,7 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts the gateway of a lab and waits until its program is attached to both interfaces.
+    /// Starts the gateway of a lab and waits until its program is attached to the interfaces that face clients and nodes.
     pub fn start(lab: &Flannel) -> Result<Self> {
         let program = program()?;
         let config = lab.config();
@@ -113,7 +113,15 @@ impl Gateway {
             if let Some(status) = self.process.ended()? {
                 bail!("the gateway ended ({status}):\n{}", self.process.output()?);
             }
-            Ok((attached(host, EXTERNAL)? && attached(host, UNDERLAY)?).then_some(()))
+            for interface in host.interfaces()? {
+                // A one-armed gateway has no interface of its own for clients.
+                if [EXTERNAL, UNDERLAY].contains(&interface.name.as_str())
+                    && !attached(host, &interface.name)?
+                {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
         })
         .with_context(|| format!("log: {}", self.process.log().display()))
     }
