@@ -137,14 +137,13 @@ impl Host {
             .try_collect()
             .await
             .map_err(NetlinkError::new("list addresses"))?;
-        let addresses: Vec<_> = addresses.iter().filter_map(address).collect();
         let mut primary = BTreeMap::new();
-        for (address, index) in &addresses {
-            primary.entry(*index).or_insert(*address);
+        for (address, index) in addresses.iter().filter_map(address) {
+            primary.entry(index).or_insert(address);
         }
         Ok(Self {
             links: links.iter().filter_map(link).map(|link| (link.index, link)).collect(),
-            addresses: addresses.into_iter().collect(),
+            addresses: addresses.iter().filter_map(address).collect(),
             primary,
         })
     }
