@@ -140,6 +140,9 @@ outcomes! {
     67 Ipv4Malformed "ipv4_malformed" Drop Suspect "IPv4 header that is truncated or contradicts the frame (RFC 1812 section 5.2.2).";
     68 ResizeFailed "resize_failed" Drop Fault "The frame could not be edited after it was resized; a defect of the driver or of this program.";
 
+    // Dropped for its link layer.
+    72 VlanDepth "vlan_depth" Drop Suspect "Four or more VLAN tags: the kernel might look behind them, the gateway does not.";
+
     // Dropped out of the tunnel.
     80 TunnelPortExternal "tunnel_port_external" Drop Suspect "Tunnel packet on an interface or VLAN that is not underlay.";
     81 TunnelAddress "tunnel_address" Drop Suspect "Tunnel packet to an address of this host that is not the VTEP's.";

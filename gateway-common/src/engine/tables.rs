@@ -92,6 +92,12 @@ pub trait Tables {
     /// Asks the FIB, as if the packet had arrived on this interface.
     fn fib(&self, query: &FibQuery) -> Fib;
 
+    /// Whether the host's network stack owns `address`.
+    #[inline(always)]
+    fn is_kernels(&self, address: Ipv4) -> bool {
+        self.address(address).is_some_and(|found| found.kind & LocalAddress::KERNEL != 0)
+    }
+
     /// Where `address` is within `overlay`: the exact pod if there is one (cheap), else the longest prefix (dear).
     #[inline(always)]
     fn route(&self, overlay: u32, address: Ipv4) -> Option<Route> {
