@@ -143,6 +143,9 @@ outcomes! {
     69 TooBigLimited "too_big_limited" Drop Notice "As too_big_reply, but the limit of ICMP errors per second was reached.";
     70 TooBigSilent "too_big_silent" Drop Notice "Larger than the path takes, and an ICMP error or later fragment, about which no error is sent (RFC 1122 section 3.2.2).";
 
+    // Dropped for its link layer.
+    72 VlanDepth "vlan_depth" Drop Suspect "Four or more VLAN tags: the kernel might look behind them, the gateway does not.";
+
     // Dropped out of the tunnel.
     80 TunnelPortExternal "tunnel_port_external" Drop Suspect "Tunnel packet on an interface or VLAN that is not underlay.";
     81 TunnelAddress "tunnel_address" Drop Suspect "Tunnel packet to an address of this host that is not the VTEP's.";

@@ -107,7 +107,7 @@ fn is_pod<T: Tables>(tables: &T, target: Ipv4) -> bool {
     if config.overlays().any(|(_, overlay)| target.in_subnet(overlay.subnet, overlay.mask)) {
         return false;
     }
-    if tables.address(target).is_some_and(|address| address.kind & LocalAddress::KERNEL != 0) {
+    if tables.is_kernels(target) {
         return false;
     }
     config.overlays().any(|(id, _)| tables.route(id, target).is_some())

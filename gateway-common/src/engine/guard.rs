@@ -8,8 +8,8 @@ use super::{
     classify::{self, Link, Packet, UDP},
 };
 use crate::{
-    abi::{Config, LocalAddress, Outcome, Roles},
-    wire::{Be16, EtherType},
+    abi::{Config, Outcome, Roles},
+    wire::{Be16, EtherType, Tag},
 };
 
 /// A packet of ours that nobody wants: drops what the kernel would take for a tunnel packet.
@@ -23,15 +23,17 @@ pub(super) fn to_the_kernel<F: Frame, T: Tables>(
     if !has_tunnel_port(frame, tables.config(), packet) {
         return Ok(());
     }
-    match tables.address(packet.destination) {
-        Some(address) if address.kind & LocalAddress::KERNEL != 0 => Err(refuse(link)),
-        _ => Ok(()),
+    if !packet.destination.is_routable() || tables.is_kernels(packet.destination) {
+        return Err(refuse(link));
     }
+    Ok(())
 }
 
-/// A frame of an interface or VLAN without a role, where tunnel packets have no business either.
+/// A frame that the engine leaves alone: without a role, for another MAC address (the kernel takes groups, and the
+/// addresses of devices stacked on this one), or no IPv4 at first sight because of more tags.
 #[inline(always)]
-pub(super) fn without_role<F: Frame, T: Tables>(frame: &F, tables: &T, link: Link) -> Result<(), Verdict> {
+pub(super) fn left_alone<F: Frame, T: Tables>(frame: &F, tables: &T, link: Link) -> Result<(), Verdict> {
+    let link = behind_tags(frame, link)?;
     if link.kind != EtherType::IPV4 {
         return Ok(());
     }
@@ -45,17 +47,25 @@ pub(super) fn without_role<F: Frame, T: Tables>(frame: &F, tables: &T, link: Lin
     }
 }
 
-/// A frame with another destination MAC address: the kernel takes group addresses.
+/// What lies behind further tags. The kernel takes off any number of priority tags, of either kind, and those of its
+/// VLAN devices; nobody stacks more than three.
 #[inline(always)]
-pub(super) fn not_for_us<F: Frame>(frame: &F, config: &Config, link: Link) -> Result<(), Verdict> {
-    if !link.destination.is_group() {
-        return Ok(());
+fn behind_tags<F: Frame>(frame: &F, mut link: Link) -> Result<Link, Verdict> {
+    for _ in 0..2 {
+        if !is_tag(link.kind) {
+            return Ok(link);
+        }
+        let Some(tag) = frame.read::<Tag>(link.len) else {
+            return Ok(link);
+        };
+        link = Link { len: link.len + size_of::<Tag>(), kind: tag.kind, ..link };
     }
-    let space = frame.len().wrapping_sub(link.len as u32);
-    match classify::header(frame, link.len, space) {
-        Ok(packet) if has_tunnel_port(frame, config, packet) => Err(refuse(link)),
-        _ => Ok(()),
-    }
+    if is_tag(link.kind) { Err(Verdict::drop(Outcome::VlanDepth)) } else { Ok(link) }
+}
+
+#[inline(always)]
+fn is_tag(kind: Be16) -> bool {
+    kind == EtherType::VLAN || kind == EtherType::SERVICE_VLAN
 }
 
 #[inline(always)]

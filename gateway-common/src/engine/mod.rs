@@ -44,19 +44,20 @@ pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
 fn decide<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Result<Verdict, Verdict> {
     let config = tables.config();
     let link = classify::link(frame, config)?;
-    if link.roles == Roles::NONE {
-        guard::without_role(frame, tables, link)?;
-        return Err(Verdict::pass(Outcome::NoRole));
-    }
-    if link.kind == EtherType::ARP {
+    let reason = if link.roles == Roles::NONE {
+        Some(Outcome::NoRole)
+    } else if link.kind == EtherType::ARP {
         return arp::from_outside(frame, tables, link);
-    }
-    if link.kind != EtherType::IPV4 {
-        return Err(Verdict::pass(Outcome::NotIp));
-    }
-    if link.destination != config.mac {
-        guard::not_for_us(frame, config, link)?;
-        return Err(Verdict::pass(Outcome::NotForUs));
+    } else if link.kind != EtherType::IPV4 {
+        Some(Outcome::NotIp)
+    } else if link.destination != config.mac {
+        Some(Outcome::NotForUs)
+    } else {
+        None
+    };
+    if let Some(reason) = reason {
+        guard::left_alone(frame, tables, link)?;
+        return Err(Verdict::pass(reason));
     }
     let packet = classify::ipv4(frame, config, link)?;
     if let Some(tunnel) = classify::tunnel(frame, config, packet)? {

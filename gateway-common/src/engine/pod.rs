@@ -27,6 +27,10 @@ pub(super) fn from_outside<F: Frame, T: Tables>(
         let Some(route) = tables.route(id, packet.destination) else {
             continue;
         };
+        // A mistaken pod CIDR must not take this host off the network.
+        if tables.is_kernels(packet.destination) {
+            return Ok(());
+        }
         if !packet.source.in_subnet(overlay.subnet, overlay.mask) {
             return Err(Verdict::drop(Outcome::ClientForeign));
         }

@@ -99,6 +99,12 @@ pub trait Tables {
     /// Whether one more ICMP error may be sent now; takes it from the allowance (RFC 1812 section 4.3.2.8).
     fn may_answer(&self) -> bool;
 
+    /// Whether the host's network stack owns `address`.
+    #[inline(always)]
+    fn is_kernels(&self, address: Ipv4) -> bool {
+        self.address(address).is_some_and(|found| found.kind & LocalAddress::KERNEL != 0)
+    }
+
     /// Where `address` is within `overlay`: the exact pod if there is one (cheap), else the longest prefix (dear).
     #[inline(always)]
     fn route(&self, overlay: u32, address: Ipv4) -> Option<Route> {

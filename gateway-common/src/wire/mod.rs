@@ -73,6 +73,14 @@ impl Ipv4 {
     pub const fn in_subnet(self, network: Self, mask: Self) -> bool {
         self.word() & mask.word() == network.word()
     }
+
+    /// Whether a router may forward to the address: neither of this network (0/8), nor multicast, reserved or
+    /// broadcast (224/3).
+    #[inline(always)]
+    pub const fn is_routable(self) -> bool {
+        let [first, ..] = self.octets;
+        first != 0 && first < 224
+    }
 }
 
 impl From<core::net::Ipv4Addr> for Ipv4 {

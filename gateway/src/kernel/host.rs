@@ -10,6 +10,7 @@ use gateway_common::{
     abi::{Egress, LocalAddress, Roles},
     wire::{Ipv4, Mac},
 };
+use ipnet::Ipv4Net;
 use rtnetlink::{
     Handle,
     packet_route::{
@@ -119,6 +120,8 @@ pub struct Host {
     pub addresses: BTreeSet<(Ipv4Addr, u32)>,
     /// The first address of each device that has one: what the kernel sends from.
     pub primary: BTreeMap<u32, Ipv4Addr>,
+    /// Broadcast addresses of their subnets, and the device: the kernel takes what is sent there.
+    pub broadcasts: BTreeSet<(Ipv4Addr, u32)>,
 }
 
 impl Host {
@@ -145,6 +148,7 @@ impl Host {
             links: links.iter().filter_map(link).map(|link| (link.index, link)).collect(),
             addresses: addresses.iter().filter_map(address).collect(),
             primary,
+            broadcasts: addresses.iter().flat_map(broadcasts).collect(),
         })
     }
 
@@ -189,7 +193,7 @@ impl Host {
     /// Goal of the address table: what the kernel owns, and our addresses in the overlays.
     pub fn address_table(&self, config: &Config) -> BTreeMap<Ipv4, LocalAddress> {
         let mut table: BTreeMap<Ipv4, LocalAddress> = BTreeMap::new();
-        for (address, ifindex) in &self.addresses {
+        for (address, ifindex) in self.broadcasts.iter().chain(&self.addresses) {
             table.insert((*address).into(), LocalAddress { kind: LocalAddress::KERNEL, ifindex: *ifindex });
         }
         for overlay in &config.overlays {
@@ -319,4 +323,51 @@ fn address(message: &AddressMessage) -> Option<(Ipv4Addr, u32)> {
         })
     };
     Some((find(true).or_else(|| find(false))?, message.header.index))
+}
+
+/// Broadcast addresses that the kernel makes of an address: the one that was set, and that of its prefix
+/// (`fib_add_ifaddr`).
+fn broadcasts(message: &AddressMessage) -> BTreeSet<(Ipv4Addr, u32)> {
+    let index = message.header.index;
+    let length = message.header.prefix_len;
+    let set = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Broadcast(address) => Some(*address),
+        _ => None,
+    });
+    // On point-to-point links the prefix is the peer's, and `Address` holds it.
+    let network = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(IpAddr::V4(address)) if length < 31 => Ipv4Net::new(*address, length).ok(),
+        _ => None,
+    });
+    set.into_iter()
+        .chain(network.map(|network| network.broadcast()))
+        .map(|address| (address, index))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(length: u8, attributes: Vec<AddressAttribute>) -> AddressMessage {
+        let mut message = AddressMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.prefix_len = length;
+        message.header.index = 3;
+        message.attributes = attributes;
+        message
+    }
+
+    #[test]
+    fn broadcasts_are_the_kernels() {
+        let own = Ipv4Addr::new(172, 16, 2, 200);
+        let of_prefix = Ipv4Addr::new(172, 16, 2, 255);
+        let odd = Ipv4Addr::new(172, 16, 2, 127);
+        let address = AddressAttribute::Address(own.into());
+        let plain = broadcasts(&message(24, vec![address.clone()]));
+        assert_eq!(plain, [(of_prefix, 3)].into());
+        let both = broadcasts(&message(24, vec![address.clone(), AddressAttribute::Broadcast(odd)]));
+        assert_eq!(both, [(odd, 3), (of_prefix, 3)].into());
+        assert_eq!(broadcasts(&message(32, vec![address])), BTreeSet::new());
+    }
 }

@@ -6,7 +6,7 @@ use rstest::rstest;
 
 use super::fixture::*;
 use crate::{
-    abi::{Outcome, OverlayFlags, Roles, VlanPort, VtepFlags},
+    abi::{Outcome, OverlayAddress, OverlayFlags, Roles, Route, VlanPort, VtepFlags},
     engine::Action,
     model::HostTables,
     wire::{Ipv4, Mac},
@@ -101,8 +101,8 @@ fn a_pod_in_no_table_is_reached_by_its_prefix() {
 #[test]
 fn the_exact_pod_wins_over_the_prefix() {
     let mut tables = gateway();
-    let moved = crate::abi::OverlayAddress { overlay: 0, address: Ipv4::new(UNLISTED_POD) };
-    tables.pods.insert(moved, crate::abi::Route::to(OTHER_ID));
+    let moved = OverlayAddress { overlay: 0, address: Ipv4::new(UNLISTED_POD) };
+    tables.pods.insert(moved, Route::to(OTHER_ID));
     let frame = ethernet(NIC, CLIENT_NIC, 0x0800, &udp(CLIENT, UNLISTED_POD, 64, 0, (1, 2), b"x"));
     assert_eq!(opened(&run(&tables, &frame).2).0.header().destination(), OTHER_NODE);
 }
@@ -334,4 +334,17 @@ fn no_headroom_leaves_the_frame_alone() {
     let verdict = crate::engine::process(&mut tight, &tables);
     assert_eq!(verdict.info().unwrap().outcome, Outcome::NoHeadroom);
     assert_eq!(tight.bytes(), frame);
+}
+
+/// A Node or Pod that claims an address of the gateway takes nothing from it.
+#[rstest]
+#[case::client(CLIENT)]
+#[case::stranger([198, 51, 100, 7])]
+fn what_the_kernel_owns_is_no_pod(#[case] source: [u8; 4]) {
+    let mut tables = gateway();
+    tables.prefixes.insert((0, 16, Ipv4::new([172, 16, 0, 0])), Route::to(NODE_ID));
+    let frame = ethernet(NIC, CLIENT_NIC, 0x0800, &udp(source, LOCAL, 64, 0, (5555, 22), b"x"));
+    assert_eq!(outcome(&tables, &frame), Outcome::NoRoute);
+    tables.pods.insert(OverlayAddress { overlay: 0, address: Ipv4::new(LOCAL) }, Route::to(NODE_ID));
+    assert_eq!(outcome(&tables, &frame), Outcome::NoRoute);
 }

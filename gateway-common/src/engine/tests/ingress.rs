@@ -270,6 +270,10 @@ fn tunnel_packets_belong_on_the_underlay() {
 #[case::other_local_address(OVERLAY_ADDRESS, NIC, Outcome::TunnelAddress)]
 #[case::broadcast([255; 4], [0xff; 6], Outcome::TunnelAddress)]
 #[case::multicast([224, 0, 0, 1], [1, 0, 0x5e, 0, 0, 1], Outcome::TunnelAddress)]
+#[case::broadcast_by_unicast([255; 4], NIC, Outcome::TunnelAddress)]
+#[case::old_broadcast_by_unicast([0; 4], NIC, Outcome::TunnelAddress)]
+#[case::multicast_by_unicast([224, 0, 0, 1], NIC, Outcome::TunnelAddress)]
+#[case::stacked_device(LOCAL, [2; 6], Outcome::TunnelAddress)]
 #[case::routed_elsewhere([203, 0, 113, 1], NIC, Outcome::NoRoute)]
 #[case::another_host([203, 0, 113, 1], [2; 6], Outcome::NotForUs)]
 fn the_tunnel_port_elsewhere(#[case] to: [u8; 4], #[case] mac: [u8; 6], #[case] expected: Outcome) {
@@ -288,6 +292,25 @@ fn the_tunnel_port_without_a_role(#[case] to: [u8; 4], #[case] mac: [u8; 6], #[c
     tables.config.roles = Roles::NONE;
     let frame = ethernet(mac, NODE_NIC, 0x0800, &udp(NODE, to, 64, 0, (1, PORT), &VNI_1));
     assert_eq!(outcome(&tables, &frame), expected);
+}
+
+/// The kernel takes off any number of priority tags (`__netif_receive_skb_core`), so none may hide a tunnel packet.
+#[rstest]
+#[case::service(&[(0x88a8, 0)], Outcome::TunnelAddress)]
+#[case::two_priority(&[(0x8100, 0), (0x8100, 0)], Outcome::TunnelAddress)]
+#[case::service_and_priority(&[(0x88a8, 0), (0x8100, 0)], Outcome::TunnelAddress)]
+#[case::three(&[(0x8100, 0), (0x88a8, 0), (0x8100, 0)], Outcome::TunnelAddress)]
+#[case::vlan_and_priority(&[(0x8100, 5), (0x8100, 0)], Outcome::TunnelPortExternal)]
+#[case::four(&[(0x8100, 0), (0x8100, 0), (0x8100, 0), (0x8100, 0)], Outcome::VlanDepth)]
+fn the_tunnel_port_behind_tags(#[case] tags: &[(u16, u16)], #[case] expected: Outcome) {
+    let untagged = tunnel(NODE, 0, VNI_1, &[0; 60]);
+    let mut frame = untagged[..12].to_vec();
+    for (kind, vlan) in tags {
+        frame.extend(kind.to_be_bytes());
+        frame.extend(vlan.to_be_bytes());
+    }
+    frame.extend(&untagged[12..]);
+    assert_eq!(outcome(&gateway(), &frame), expected);
 }
 
 #[test]

@@ -16,6 +16,10 @@ pub(super) fn links(world: &World) -> Vec<Case> {
     let ip = ping();
     let service_tag = link.frame(0x88a8, &[&[0, 100, 8, 0], ip.bytes().as_slice()].concat());
     let two_tags = link.tagged(VLAN_BOTH).frame(0x8100, &[&[0, 5, 8, 0], ip.bytes().as_slice()].concat());
+    let four_tags = link.frame(
+        0x8100,
+        &[[0, 0, 0x81, 0].repeat(3).as_slice(), &[0, 0, 8, 0], ip.bytes().as_slice()].concat(),
+    );
     let other_host = Link::new(Mac::new([0x52, 0x54, 0, 0, 0, 0x55]), rig::CLIENT_MAC);
     vec![
         Case::pass("vlan-without-role", Outcome::NoRole, link.tagged(VLAN_IDLE).ip(&ip)),
@@ -24,6 +28,7 @@ pub(super) fn links(world: &World) -> Vec<Case> {
         Case::pass("ipv6", Outcome::NotIp, link.frame(IPV6, &[0x60; 40])),
         Case::pass("service-tag", Outcome::NotIp, service_tag),
         Case::pass("two-tags", Outcome::NotIp, two_tags),
+        Case::drop("four-tags", Outcome::VlanDepth, four_tags),
         Case::pass("tag-truncated", Outcome::NotIp, link.frame(0x8100, &[0, 100, 8])),
         Case::pass("llc", Outcome::NotIp, link.frame(0x0026, &[0x42; 38])),
         Case::pass("other-host", Outcome::NotForUs, other_host.ip(&ip)),
@@ -45,6 +50,7 @@ pub(super) fn kernels(world: &World) -> Vec<Case> {
         Case::pass("other-udp-port", Outcome::NoRoute, plain.with(|p| p.port = 8473).bytes()),
         // Port 4789 is overlay 2's, which has another address.
         Case::drop("port-of-another-vtep", Outcome::TunnelAddress, plain.with(|p| p.port = 4789).bytes()),
+        Case::drop("tunnel-behind-a-service-tag", Outcome::TunnelAddress, behind_service_tag(&plain.bytes())),
         Case::pass(
             "tunnel-through-us",
             Outcome::NoRoute,
@@ -61,4 +67,9 @@ pub(super) fn kernels(world: &World) -> Vec<Case> {
             link.ip(&Ip::echo(CLIENT, rig::UNDERLAY, 1, b"")),
         ),
     ]
+}
+
+/// The kernel takes such a tag off as it does a priority tag of 802.1Q.
+fn behind_service_tag(frame: &[u8]) -> Vec<u8> {
+    [&frame[..12], &[0x88, 0xa8, 0, 0], &frame[12..]].concat()
 }
