@@ -3,11 +3,13 @@
 //! - [`netlink`]: connections, and the stream of events with resynchronisation.
 //! - [`host`]: links and addresses as they are.
 //! - [`underlay`]: next hops towards tunnel endpoints, resolved ahead of traffic and followed.
+//! - `path_mtu`: what the kernel learns of smaller paths.
 //! - [`device`]: the kernel's tunnel device, the slow path.
 
 pub mod device;
 pub mod host;
 pub mod netlink;
+mod path_mtu;
 pub mod underlay;
 
 use std::net::Ipv4Addr;

@@ -11,7 +11,7 @@ use rtnetlink::{
 use tokio::sync::mpsc;
 use tracing::warn;
 
-use super::PROTOCOL;
+use super::{PROTOCOL, path_mtu};
 
 /// Room for a burst of events while the daemon is busy; when it is full, the kernel tells so and everything is read
 /// anew.
@@ -63,7 +63,7 @@ pub enum Event {
     Links,
     /// An IPv4 address came or went.
     Addresses,
-    /// An IPv4 route came, went or changed; not one of ours.
+    /// An IPv4 route came, went or changed, or its path MTU did; not one of ours.
     Routes,
     /// An IPv4 neighbour came or changed.
     Neighbour(NeighbourMessage),
@@ -93,6 +93,7 @@ pub fn connect() -> io::Result<Handle> {
 pub fn subscribe() -> io::Result<mpsc::UnboundedReceiver<Event>> {
     let (sender, receiver) = mpsc::unbounded_channel();
     let first = open()?;
+    tokio::spawn(path_mtu::watch(sender.clone()));
     tokio::spawn(async move {
         let mut messages = Some(first);
         while !sender.is_closed() {

@@ -18,6 +18,8 @@ use super::{netns::Namespace, wiring};
 
 const PROG_LOAD: libc::c_long = 5;
 const TYPE_XDP: u32 = 6;
+/// `BPF_F_XDP_HAS_FRAGS`: without it veth refuses an MTU that does not fit a page.
+const TAKES_FRAGMENTS: u32 = 1 << 5;
 /// `r0 = XDP_PASS; exit`.
 const INSTRUCTIONS: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 2, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
 
@@ -57,7 +59,7 @@ fn load() -> Result<OwnedFd> {
         log_size: 0,
         log: std::ptr::null_mut(),
         kernel_version: 0,
-        flags: 0,
+        flags: TAKES_FRAGMENTS,
         name: *b"lab_pass\0\0\0\0\0\0\0\0",
     };
     // SAFETY: the kernel reads `size_of` bytes of the attributes, and the instructions and the licence that they point
