@@ -4,7 +4,7 @@ mod ethtool;
 mod host;
 mod system;
 
-use std::{fmt::Write as _, process::ExitCode};
+use std::{fmt::Write as _, process::ExitCode, time::Duration};
 
 use clap::Args as ClapArgs;
 use serde::Serialize;
@@ -91,7 +91,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match options.load() {
         Ok(config) => {
             findings.push(Finding::ok(
-                options.config.display().to_string(),
+                options.location.config.display().to_string(),
                 format!("valid; instance {}", config.instance),
             ));
             findings.extend(manifests(&config));
@@ -150,12 +150,12 @@ fn report(findings: &[Finding]) -> String {
 fn manifests(config: &Config) -> Vec<Finding> {
     let Source::Files { path } = &config.source;
     let problems = ProblemList::default();
-    let mut directory = Directory::new(path, problems.clone());
+    let mut directory = Directory::new(path, problems.clone(), Duration::ZERO);
     let mut planner = Planner::new(&config.overlays);
     let found = directory.rescan();
     let mut findings: Vec<Finding> = problems.all().into_iter().map(Finding::from).collect();
-    let Some(events) = found else { return findings };
-    for event in events.iter().chain([&Event::Synced]) {
+    let Some(found) = found else { return findings };
+    for event in found.events.iter().chain([&Event::Synced]) {
         planner.apply(event);
     }
     findings.extend(planner.problems().into_iter().map(Finding::from));

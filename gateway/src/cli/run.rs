@@ -1,6 +1,9 @@
 //! `gateway run`
 
-use std::{io, process::ExitCode};
+use std::{
+    io::{self, IsTerminal as _},
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use clap::{Args as ClapArgs, ValueEnum};
@@ -57,7 +60,11 @@ fn start_log(args: &Args) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).with_context(|| {
         format!("the log filter {:?} is invalid: use a level such as info, or module=level,…", args.log)
     })?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        // Colours in a file or a journal are noise.
+        .with_ansi(io::stderr().is_terminal());
     match args.log_format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),

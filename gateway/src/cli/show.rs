@@ -1,17 +1,25 @@
-//! `gateway show`: the tables as they are in the kernel.
+//! `gateway show`: the tables as they are in the kernel, and what the daemon finds wrong.
 
 use std::{collections::BTreeMap, net::Ipv4Addr, process::ExitCode};
 
+use anyhow::bail;
 use clap::{Args as ClapArgs, ValueEnum};
 use gateway_common::abi::{PrefixKey, Route, Vtep, VtepFlags};
 use serde::Serialize;
 
-use super::output::{json, table};
+use super::{
+    FOUND,
+    output::{age, json, lines, table},
+};
 use crate::{
-    config::{Config, Options},
-    daemon::report::Report,
+    cluster::problem::Problem,
+    config::{Config, Location},
+    daemon::{
+        ProblemReport,
+        report::{Report, now},
+    },
     dataplane::{
-        pins::Pins,
+        pins::{InstanceLock, Pins},
         tables::{Tables, TrieKey},
     },
 };
@@ -28,7 +36,7 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    options: Options,
+    location: Location,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -41,6 +49,8 @@ enum What {
     Routes,
     /// What became of every packet
     Counters,
+    /// What is wrong with cluster objects and tables, as the running daemon sees it
+    Problems,
 }
 
 /// A row of `show vteps`.
@@ -102,13 +112,16 @@ struct CounterRow {
     help: &'static str,
 }
 
-/// Prints a table.
+/// Prints a table. With [`What::Problems`] the exit code is 1 if there are any.
 ///
 /// # Errors
 ///
-/// The tables are not there, or not readable.
+/// The tables are not there, or not readable; or no daemon runs whose problems could be shown.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let config = args.options.load()?;
+    let config = args.location.load()?;
+    if args.what == What::Problems {
+        return problems(&config, args.json);
+    }
     let tables = Tables::open(&Pins::new(&config.datapath.bpffs, &config.instance))?;
     let names = || Names::new(&config, &tables);
     match args.what {
@@ -116,6 +129,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         What::Pods => routes(pods(&tables, &names()?)?, "ADDRESS", args.json)?,
         What::Routes => routes(prefixes(&tables, &names()?)?, "CIDR", args.json)?,
         What::Counters => counters(&tables, args.all, args.json)?,
+        What::Problems => {}
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -229,6 +243,36 @@ fn routes(rows: Vec<RouteRow>, destination: &str, as_json: bool) -> anyhow::Resu
         [row.overlay, row.destination, or_dash(row.node), or_dash(row.endpoint), row.vtep.to_string()]
     });
     Ok(table(&["OVERLAY", destination, "NODE", "ENDPOINT", "VTEP"], rows)?)
+}
+
+fn problems(config: &Config, as_json: bool) -> anyhow::Result<ExitCode> {
+    if !InstanceLock::is_held(&config.instance)? {
+        bail!(
+            "the gateway {} is not running, so nobody looks for problems: start it with `gateway run`, or look at the \
+             manifests with `gateway check`",
+            config.instance
+        );
+    }
+    let Some(report) = Report::read(&config.instance)? else {
+        bail!(
+            "the gateway {} is starting and has not published its state yet: try again in a moment",
+            config.instance
+        );
+    };
+    let found = if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FOUND) };
+    if as_json {
+        json(&report.problems)?;
+    } else if report.problems.is_empty() {
+        lines("no problems")?;
+    } else {
+        let now = now();
+        let rows = report.problems.into_iter().map(|ProblemReport { problem, since }| {
+            let Problem { severity, place, what, remedy } = problem;
+            [severity.label().to_owned(), age(now.saturating_sub(since)), place, what, remedy]
+        });
+        table(&["SEVERITY", "SINCE", "WHERE", "WHAT", "REMEDY"], rows)?;
+    }
+    Ok(found)
 }
 
 fn counters(tables: &Tables, all: bool, as_json: bool) -> anyhow::Result<()> {

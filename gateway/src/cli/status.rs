@@ -12,7 +12,7 @@ use super::{
     runtime,
 };
 use crate::{
-    config::{Config, Options},
+    config::{Config, Location},
     daemon::report::{Report, SourceReport, VtepReport, now},
     dataplane::{
         load::program_name,
@@ -26,7 +26,7 @@ use crate::{
 #[derive(ClapArgs, Debug)]
 pub struct Args {
     #[command(flatten)]
-    options: Options,
+    location: Location,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -51,8 +51,17 @@ struct Status {
     vteps_unresolved: usize,
     /// Nodes that cannot be reached, and why; known while the daemon runs.
     unresolved: Vec<VtepReport>,
-    /// What needs attention, for people.
-    problems: Vec<String>,
+    /// What needs attention.
+    problems: Vec<Attention>,
+}
+
+/// Something that needs attention.
+#[derive(Debug, Serialize)]
+struct Attention {
+    /// What, for people.
+    text: String,
+    /// When the daemon saw it first, seconds since 1970; absent if only this verb sees it.
+    since: Option<u64>,
 }
 
 /// A running daemon.
@@ -106,7 +115,7 @@ struct TableStatus {
 ///
 /// The configuration is invalid, or the kernel does not answer.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let config = args.options.load()?;
+    let config = args.location.load()?;
     let status = collect(&config)?;
     if args.json {
         json(&status)?;
@@ -138,11 +147,17 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
         Ok(tables) => fill(&mut status, &tables)?,
         Err(error) => problems.push(error.to_string()),
     }
+    let mut attention = Vec::new();
     if let Some(report) = report {
         if !report.source.synchronised {
             problems.push(format!("the source {} is not synchronised yet", report.source.location));
         }
-        problems.extend(report.problems);
+        attention.extend(
+            report
+                .problems
+                .iter()
+                .map(|report| Attention { text: report.problem.to_string(), since: Some(report.since) }),
+        );
         status.unresolved = report.vteps.into_iter().filter(|vtep| vtep.unresolved.is_some()).collect();
         status.daemon = Some(DaemonStatus {
             pid: report.pid,
@@ -150,7 +165,8 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
             source: report.source,
         });
     }
-    status.problems = problems;
+    status.problems =
+        problems.into_iter().map(|text| Attention { text, since: None }).chain(attention).collect();
     status.healthy = status.problems.is_empty() && status.vteps_unresolved == 0 && status.daemon.is_some();
     Ok(status)
 }
@@ -297,8 +313,9 @@ fn print(status: &Status) -> anyhow::Result<()> {
     }
     if !status.problems.is_empty() {
         lines("\nproblems:")?;
-        for problem in &status.problems {
-            lines(&format!("- {problem}"))?;
+        for Attention { text, since } in &status.problems {
+            let age = since.map(|since| format!(" (for {})", age(now().saturating_sub(since))));
+            lines(&format!("- {text}{}", age.unwrap_or_default()))?;
         }
     }
     Ok(())

@@ -68,6 +68,18 @@ pub enum NodeReading {
     Rejected(Vec<Problem>),
 }
 
+impl NodeReading {
+    /// The same, with its problems placed where the source has the Node from.
+    pub fn located(mut self, origin: &str) -> Self {
+        if let Self::Vtep(_, problems) | Self::Rejected(problems) = &mut self {
+            for problem in problems {
+                problem.locate(origin);
+            }
+        }
+        self
+    }
+}
+
 /// Reads a Node as flannel's kube subnet manager and vxlan backend do.
 pub fn read_node(node: &Node, overlay: &Overlay) -> NodeReading {
     let empty = BTreeMap::new();

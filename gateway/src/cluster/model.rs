@@ -8,24 +8,42 @@ use std::{fmt, sync::Arc};
 
 use k8s_openapi::api::core::v1::{Node, Pod};
 
+use super::flannel::{PodReading, read_pod};
+
 /// A cluster object that matters to the gateway.
+///
+/// What a Node means depends on the overlay, so it comes as it is. A Pod means the same to all of them, and there are
+/// many: what was read of it is a tenth of the object.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
-    /// A Node.
-    Node(Box<Node>),
-    /// A Pod.
-    Pod(Box<Pod>),
+    /// A Node, and where the source has it from (file and item), for people; empty if the name says enough.
+    Node(Box<Node>, Arc<str>),
+    /// A Pod, and where it is.
+    Pod(PodRef, PodReading),
 }
 
 impl Object {
-    /// Its identity. A Pod without a namespace is in `default`, as `kubectl apply` would put it.
+    /// What matters of a Pod. Without a namespace it is in `default`, as `kubectl apply` would put it.
+    pub fn pod(pod: &Pod) -> Self {
+        let reference = PodRef {
+            namespace: pod
+                .metadata
+                .namespace
+                .as_deref()
+                .filter(|text| !text.is_empty())
+                .unwrap_or("default")
+                .into(),
+            name: pod.metadata.name.as_deref().unwrap_or_default().into(),
+        };
+        let reading = read_pod(pod, &reference);
+        Self::Pod(reference, reading)
+    }
+
+    /// Its identity.
     pub fn reference(&self) -> ObjectRef {
         match self {
-            Self::Node(node) => ObjectRef::node(node.metadata.name.as_deref().unwrap_or_default()),
-            Self::Pod(pod) => ObjectRef::pod(
-                pod.metadata.namespace.as_deref().unwrap_or("default"),
-                pod.metadata.name.as_deref().unwrap_or_default(),
-            ),
+            Self::Node(node, _) => ObjectRef::node(node.metadata.name.as_deref().unwrap_or_default()),
+            Self::Pod(pod, _) => ObjectRef::Pod(pod.clone()),
         }
     }
 }

@@ -6,10 +6,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a problem costs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// The object is used nevertheless.
@@ -18,8 +18,30 @@ pub enum Severity {
     Error,
 }
 
+impl Severity {
+    /// A word for it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// What a text keeps of a field that somebody filled with a megabyte, in bytes.
+const LONGEST: usize = 400;
+
+/// Cuts a text that nobody would read to its end.
+fn clip(mut text: String) -> String {
+    if text.len() > LONGEST {
+        text.truncate(text.floor_char_boundary(LONGEST));
+        text.push('…');
+    }
+    text
+}
+
 /// A finding for a person.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Problem {
     /// What it costs.
     pub severity: Severity,
@@ -27,52 +49,87 @@ pub struct Problem {
     pub place: String,
     /// What is wrong.
     pub what: String,
-    /// What would be right.
+    /// What would be right; empty if `what` says so.
     pub remedy: String,
 }
 
 impl Problem {
     /// An object that is not used.
     pub fn error(place: impl Into<String>, what: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { severity: Severity::Error, place: place.into(), what: what.into(), remedy: remedy.into() }
+        Self {
+            severity: Severity::Error,
+            place: clip(place.into()),
+            what: clip(what.into()),
+            remedy: remedy.into(),
+        }
     }
 
     /// An object that is used nevertheless.
     pub fn warning(place: impl Into<String>, what: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { severity: Severity::Warning, place: place.into(), what: what.into(), remedy: remedy.into() }
+        Self {
+            severity: Severity::Warning,
+            place: clip(place.into()),
+            what: clip(what.into()),
+            remedy: remedy.into(),
+        }
+    }
+}
+
+impl Problem {
+    /// Puts the file and item that the object comes from in front of its place, unless `origin` is empty.
+    pub fn locate(&mut self, origin: &str) {
+        if !origin.is_empty() {
+            self.place = format!("{origin}, {}", self.place);
+        }
     }
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}; {}", self.place, self.what, self.remedy)
+        write!(f, "{}: {}", self.place, self.what)?;
+        if self.remedy.is_empty() { Ok(()) } else { write!(f, "; {}", self.remedy) }
     }
 }
 
 /// The problems that a running source has now. Clones share one list.
 #[derive(Clone, Debug, Default)]
 pub struct ProblemList {
-    by_place: Arc<Mutex<BTreeMap<String, Vec<Problem>>>>,
+    content: Arc<Mutex<Content>>,
+}
+
+#[derive(Debug, Default)]
+struct Content {
+    by_place: BTreeMap<String, Vec<Problem>>,
+    revision: u64,
 }
 
 impl ProblemList {
     /// Replaces what is known about a place (a file, a directory); an empty list means that it is mended.
     pub fn set(&self, place: &str, problems: Vec<Problem>) {
-        let mut by_place = self.lock();
+        let mut content = self.lock();
+        if content.by_place.get(place).map_or(&[][..], Vec::as_slice) == problems {
+            return;
+        }
+        content.revision += 1;
         if problems.is_empty() {
-            by_place.remove(place);
+            content.by_place.remove(place);
         } else {
-            by_place.insert(place.to_owned(), problems);
+            content.by_place.insert(place.to_owned(), problems);
         }
     }
 
     /// Everything, by place.
     pub fn all(&self) -> Vec<Problem> {
-        self.lock().values().flatten().cloned().collect()
+        self.lock().by_place.values().flatten().cloned().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Vec<Problem>>> {
-        // Every update is one map operation, so a panicking holder leaves no half-done state.
-        self.by_place.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Rises when something changed.
+    pub fn revision(&self) -> u64 {
+        self.lock().revision
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Content> {
+        // A holder that panics between two of the steps leaves a revision that is too high, which does no harm.
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,6 @@
 //! The one configuration file, validated as a whole.
 //!
-//! - [`Options`]: the command line arguments that find the file and override single settings.
+//! - [`Location`], [`Options`]: the command line arguments that find the file, and override single settings.
 //! - `reader`: a typed walk over the TOML document that goes on after a problem, so that all are reported at once.
 //! - `parse`: the keys, their defaults and what each of them may be.
 //! - `validate`: what must hold between keys.
@@ -24,7 +24,8 @@ use gateway_common::{
 };
 use ipnet::Ipv4Net;
 
-pub use options::{Options, Overrides};
+pub use options::{Location, Options, Overrides};
+pub use parse::DEFAULT_BPFFS;
 pub use problem::{Problem, Problems};
 
 /// The validated configuration: every field has its final value.

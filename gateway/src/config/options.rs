@@ -6,30 +6,39 @@ use clap::Args;
 
 use super::{Config, DatapathLog, Problems, XdpMode, parse::check_instance};
 
-/// Command line arguments and environment variables of every verb that needs the configuration.
+/// Command line arguments and environment variables of every verb: which gateway.
 #[derive(Args, Clone, Debug)]
-pub struct Options {
+pub struct Location {
     /// Configuration file
     #[arg(long, env = "GATEWAY_CONFIG", value_name = "FILE", default_value = "/etc/gateway/gateway.toml")]
     pub config: PathBuf,
-    /// Settings that go before the file's.
-    #[command(flatten)]
-    pub overrides: Overrides,
-}
-
-impl Options {
-    /// Reads and validates the configuration.
-    pub fn load(&self) -> Result<Config, Problems> {
-        Config::load(&self.config, &self.overrides)
-    }
-}
-
-/// Settings that go before the file's; `None` leaves the file's.
-#[derive(Args, Clone, Debug, Default)]
-pub struct Overrides {
     /// Name of this gateway on the host, instead of the configuration's `instance`
     #[arg(long, env = "GATEWAY_INSTANCE", value_name = "NAME", value_parser = parse_instance)]
     pub instance: Option<String>,
+}
+
+impl Location {
+    /// Reads and validates the configuration.
+    pub fn load(&self) -> Result<Config, Problems> {
+        let overrides = Overrides { instance: self.instance.clone(), ..Overrides::default() };
+        Config::load(&self.config, &overrides)
+    }
+}
+
+/// Command line arguments and environment variables of verbs for which every setting matters.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Which gateway.
+    #[command(flatten)]
+    pub location: Location,
+    /// Settings of that run.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// Settings that go before the file's on the command line of a run.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
     /// Directory of manifests, instead of the configuration's `source.path`
     #[arg(long, env = "GATEWAY_SOURCE_PATH", value_name = "DIRECTORY")]
     pub source_path: Option<PathBuf>,
@@ -38,6 +47,28 @@ pub struct Overrides {
     pub xdp_mode: Option<XdpMode>,
     /// Per-packet log of the program, instead of the configuration's `datapath.log`
     #[arg(long, env = "GATEWAY_DATAPATH_LOG", value_name = "LEVEL")]
+    pub datapath_log: Option<DatapathLog>,
+}
+
+impl Options {
+    /// Reads and validates the configuration.
+    pub fn load(&self) -> Result<Config, Problems> {
+        let Settings { source_path, xdp_mode, datapath_log } = self.settings.clone();
+        let instance = self.location.instance.clone();
+        Config::load(&self.location.config, &Overrides { instance, source_path, xdp_mode, datapath_log })
+    }
+}
+
+/// Settings that go before the file's; `None` leaves the file's.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// Name of this gateway on the host.
+    pub instance: Option<String>,
+    /// Directory of manifests.
+    pub source_path: Option<PathBuf>,
+    /// How the program is attached.
+    pub xdp_mode: Option<XdpMode>,
+    /// Per-packet log of the program.
     pub datapath_log: Option<DatapathLog>,
 }
 

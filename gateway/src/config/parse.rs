@@ -22,7 +22,8 @@ const DEFAULT_VNI: u32 = 1;
 const DEFAULT_PORT: u16 = 8472;
 const DEFAULT_TTL: u8 = 64;
 const DEFAULT_ANNOTATION_PREFIX: &str = "flannel.alpha.coreos.com/";
-const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
+/// Where the bpffs is by convention.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
 const DEFAULT_MAX_PODS: u32 = 262_144;
 const DEFAULT_MAX_PREFIXES: u32 = 16_384;
 const DEFAULT_MAX_VTEPS: u32 = 8_192;

@@ -4,6 +4,7 @@
 //! again ([`Pending`]); then one piece of work brings everything marked up to date. Whatever fails stays marked by
 //! being different, and the clock's full pass finds it.
 
+mod problems;
 pub mod report;
 
 use std::{
@@ -15,14 +16,18 @@ use anyhow::Context as _;
 use gateway_common::abi::{VtepFlags, VtepSlot};
 use tokio::{
     sync::mpsc,
-    time::{MissedTickBehavior, interval, sleep},
+    time::{MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, info};
 
-use self::report::{Report, SourceReport, VtepReport, now};
+pub use self::problems::ProblemReport;
+use self::{
+    problems::{Part, Problems},
+    report::{Report, SourceReport, VtepReport, now},
+};
 use crate::{
-    cluster::{self, model, problem::ProblemList},
+    cluster::{self, model},
     config::{Config, Source},
     dataplane::{
         constants::constants,
@@ -45,6 +50,10 @@ use crate::{
 const VERIFY_INTERVAL: Duration = Duration::from_secs(30);
 /// How often a changed state is published.
 const REPORT_INTERVAL: Duration = Duration::from_millis(200);
+/// Publishing takes at most this part of the time, however large the cluster is.
+const REPORT_SHARE: u32 = 20;
+/// What failed is tried again so soon; then after twice that, and so on up to [`VERIFY_INTERVAL`].
+const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// Netlink tells one change in several messages; so long is waited for the rest.
 const SETTLE: Duration = Duration::from_millis(10);
 /// Events of the source taken before the tables are brought up to date.
@@ -82,14 +91,31 @@ impl Pending {
     }
 }
 
-/// Where problems come from; each part replaces its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
-    Interfaces,
-    Tables,
-    HostTables,
-    Devices,
-    Netlink,
+/// When to try again what failed.
+#[derive(Debug, Default)]
+struct Retry {
+    at: Option<Instant>,
+    pause: Duration,
+}
+
+impl Retry {
+    /// After an attempt.
+    fn note(&mut self, failed: bool) {
+        if !failed {
+            *self = Self::default();
+        } else if self.at.is_none() {
+            self.pause = (self.pause * 2).clamp(FIRST_RETRY, VERIFY_INTERVAL);
+            self.at = Some(Instant::now() + self.pause);
+        }
+    }
+
+    /// Waits until it is time, for ever if nothing failed.
+    async fn due(&self) {
+        match self.at {
+            Some(at) => sleep_until(at.into()).await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 /// The daemon of an instance.
@@ -105,9 +131,7 @@ pub struct Daemon {
     host: Host,
     hops: BTreeMap<VtepKey, NextHop>,
     slots: BTreeMap<VtepKey, VtepSlot>,
-    source_problems: ProblemList,
-    problems: BTreeMap<Part, Vec<String>>,
-    told: BTreeSet<String>,
+    problems: Problems,
     started: u64,
     last_event: Option<u64>,
     _lock: InstanceLock,
@@ -137,9 +161,7 @@ impl Daemon {
             host,
             hops: BTreeMap::new(),
             slots: BTreeMap::new(),
-            source_problems: ProblemList::default(),
-            problems: BTreeMap::new(),
-            told: BTreeSet::new(),
+            problems: Problems::default(),
             started: now(),
             last_event: None,
             config,
@@ -148,9 +170,11 @@ impl Daemon {
         let names: BTreeSet<String> = daemon.interface_names();
         daemon.programs.detach_others(|name| names.contains(name))?;
         daemon.apply_host_tables();
+        let mut absent = Vec::new();
         for name in &names {
-            daemon.attach(name)?;
+            absent.extend(daemon.attach(name)?);
         }
+        daemon.problems.set(Part::Interfaces, absent);
         Ok(daemon)
     }
 
@@ -164,7 +188,7 @@ impl Daemon {
         let (sender, mut source) = mpsc::channel(BURST);
         let watcher = match &self.config.source {
             Source::Files { path } => {
-                tokio::spawn(cluster::files::watch(path.clone(), sender, self.source_problems.clone()))
+                tokio::spawn(cluster::files::watch(path.clone(), sender, self.problems.source()))
             }
         };
         let mut verify = interval(VERIFY_INTERVAL);
@@ -172,7 +196,8 @@ impl Daemon {
         let mut publish = interval(REPORT_INTERVAL);
         publish.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut unpublished;
-        let mut last_problems = Instant::now();
+        let mut publish_from = Instant::now();
+        let mut retry = Retry::default();
         // What happened between the first look and the subscription has no event.
         let mut pending = Pending::everything();
         loop {
@@ -182,9 +207,10 @@ impl Daemon {
                 () = self.work(&mut pending, &mut netlink) => {}
             }
             unpublished = true;
+            retry.note(self.problems.want_retry());
             'wait: loop {
+                // Fair: a storm of netlink events must not keep the others waiting.
                 tokio::select! {
-                    biased;
                     () = cancel.cancelled() => break 'wait,
                     Some(event) = netlink.recv() => {
                         if self.take_netlink(&event, &mut pending) {
@@ -205,10 +231,19 @@ impl Daemon {
                         pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
                         break 'wait;
                     }
-                    _ = publish.tick(), if unpublished || last_problems.elapsed() > Duration::from_secs(2) => {
-                        last_problems = Instant::now();
-                        unpublished = false;
-                        self.publish();
+                    () = retry.due() => {
+                        retry.at = None;
+                        pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
+                        break 'wait;
+                    }
+                    _ = publish.tick(), if Instant::now() >= publish_from => {
+                        // The source finds problems in what makes no event.
+                        if self.problems.refresh(&self.planner) || unpublished {
+                            let begin = Instant::now();
+                            unpublished = false;
+                            self.publish();
+                            publish_from = Instant::now() + begin.elapsed() * REPORT_SHARE;
+                        }
                     }
                 }
             }
@@ -301,7 +336,7 @@ impl Daemon {
         } else if routes {
             self.underlay.reroute().await;
         }
-        self.problems.insert(Part::Netlink, netlink_problems);
+        self.problems.set(Part::Netlink, netlink_problems);
 
         if !self.planner.is_synced() {
             return;
@@ -358,7 +393,7 @@ impl Daemon {
         // A problem seen in a full pass lasts until another full pass does not see it.
         let full = matches!(scope, Scope::Everything);
         if full || !pass.problems.is_empty() {
-            self.problems.insert(Part::Tables, pass.problems);
+            self.problems.set(Part::Tables, pass.problems);
         }
     }
 
@@ -367,7 +402,7 @@ impl Daemon {
         let addresses = self.host.address_table(&self.config);
         let egress = self.host.egress_table(&self.config, |name| devices.contains(name));
         let Pass { problems, .. } = self.reconciler.apply_host(&addresses, &egress);
-        self.problems.insert(Part::HostTables, problems);
+        self.problems.set(Part::HostTables, problems);
     }
 
     async fn apply_devices(&mut self) {
@@ -381,7 +416,7 @@ impl Daemon {
             let goal = Goal::new(id, self.planner.desired(), &self.hops, |hop| self.kernel_device(hop));
             problems.extend(device.apply(&goal, &self.host, self.underlay_mtu(id)).await);
         }
-        self.problems.insert(Part::Devices, problems);
+        self.problems.set(Part::Devices, problems);
     }
 
     /// The device that the kernel sends by: the VLAN device where the program tags by itself.
@@ -398,49 +433,32 @@ impl Daemon {
         carrier.and_then(|(_, index)| self.host.links.get(index)).map_or(DEFAULT_MTU, |link| link.mtu)
     }
 
-    /// Puts the program on an interface, unless it is absent or runs it already.
-    fn attach(&mut self, name: &str) -> anyhow::Result<()> {
+    /// Puts the program on an interface, unless it runs it already; tells, for people, if the interface is absent.
+    fn attach(&mut self, name: &str) -> anyhow::Result<Option<String>> {
         let Some(link) = self.host.by_name(name) else {
-            self.note_interface(format!(
+            return Ok(Some(format!(
                 "interface {name} does not exist; it is attached as soon as it appears"
-            ));
-            return Ok(());
+            )));
         };
         let constants = constants(&self.config, &self.host, link)?;
-        if self.programs.is_current(link, &constants) {
-            return Ok(());
+        if !self.programs.is_current(link, &constants) {
+            self.programs.attach(link, &constants)?;
         }
-        Ok(self.programs.attach(link, &constants)?)
-    }
-
-    fn note_interface(&mut self, problem: String) {
-        self.problems.entry(Part::Interfaces).or_default().push(problem);
+        Ok(None)
     }
 
     /// Interfaces come back with another index, or get another address; somebody may remove the program.
     fn reattach(&mut self) {
-        self.problems.remove(&Part::Interfaces);
+        let mut problems = Vec::new();
         for name in self.interface_names() {
-            if let Err(error) = self.attach(&name) {
-                self.note_interface(error.to_string());
-            }
+            problems.extend(self.attach(&name).unwrap_or_else(|error| Some(error.to_string())));
         }
+        self.problems.set(Part::Interfaces, problems);
     }
 
-    /// Logs what is new among the problems, and writes the state for `status`.
+    /// Writes the state for `status` and `show`.
     fn publish(&mut self) {
-        let cluster = self.planner.problems().into_iter().chain(self.source_problems.all());
-        let mut problems: Vec<String> = cluster.map(|problem| problem.to_string()).collect();
-        problems.extend(self.problems.values().flatten().cloned());
-        let current: BTreeSet<String> = problems.iter().cloned().collect();
-        for problem in current.difference(&self.told) {
-            warn!("{problem}");
-        }
-        for problem in self.told.difference(&current) {
-            info!("solved: {problem}");
-        }
-        self.told = current;
-
+        self.problems.refresh(&self.planner);
         let report = Report {
             instance: self.config.instance.clone(),
             pid: std::process::id(),
@@ -454,7 +472,8 @@ impl Daemon {
                 last_event: self.last_event,
             },
             vteps: self.vtep_reports(),
-            problems,
+            problems: self.problems.reports(),
+            devices: self.config.overlays.iter().map(device_name).collect(),
         };
         if let Err(error) = report.write() {
             error!("{error:#}");

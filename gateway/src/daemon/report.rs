@@ -10,6 +10,7 @@ use std::{
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
+use super::problems::ProblemReport;
 use crate::dataplane::pins::run_directory;
 
 /// State of a running daemon. Times are seconds since 1970.
@@ -27,8 +28,10 @@ pub struct Report {
     pub source: SourceReport,
     /// Nodes.
     pub vteps: Vec<VtepReport>,
-    /// What is wrong, for people.
-    pub problems: Vec<String>,
+    /// What is wrong.
+    pub problems: Vec<ProblemReport>,
+    /// Kernel devices of the slow path; `detach` removes them without a configuration.
+    pub devices: Vec<String>,
 }
 
 /// State of the source.

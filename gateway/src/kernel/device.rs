@@ -428,6 +428,21 @@ impl Device {
     }
 }
 
+/// Removes a device by its name alone, if it is there; routes through it go with it.
+///
+/// # Errors
+///
+/// What the kernel refused.
+pub async fn remove(handle: &Handle, name: &str) -> Result<bool, NetlinkError> {
+    let host = Host::read(handle).await?;
+    let Some(link) = host.by_name(name).filter(|link| matches!(link.kind, Kind::Vxlan(_))) else {
+        return Ok(false);
+    };
+    let action = format!("delete device {name}");
+    handle.link().del(link.index).execute().await.map_err(NetlinkError::new(action))?;
+    Ok(true)
+}
+
 /// Two devices cannot share a VNI on a port, and a metadata device takes all of them.
 fn conflicts(kind: &Kind, wanted: &Vxlan) -> bool {
     match kind {

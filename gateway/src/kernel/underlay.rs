@@ -320,14 +320,14 @@ fn neighbour(message: &NeighbourMessage) -> Option<(NeighbourKey, Neighbour)> {
     Some(((message.header.ifindex, address?), entry))
 }
 
-/// Lets go the managed neighbours that a gateway left on its underlay interfaces.
+/// Lets go the managed neighbours that a gateway left on its interfaces, and on VLAN devices over them.
 ///
 /// # Errors
 ///
 /// The neighbour table cannot be read.
-pub async fn release(handle: &Handle, host: &Host, config: &Config) -> Result<(), NetlinkError> {
-    let underlay = |link: &&Link| host.roles(config, link).has(Roles::UNDERLAY);
-    let interfaces: BTreeSet<u32> = host.links.values().filter(underlay).map(|link| link.index).collect();
+pub async fn release(handle: &Handle, host: &Host, names: &BTreeSet<String>) -> Result<(), NetlinkError> {
+    let named = |link: &&Link| host.port(link).is_some_and(|(port, _)| names.contains(&port.name));
+    let interfaces: BTreeSet<u32> = host.links.values().filter(named).map(|link| link.index).collect();
     for message in list(handle).await? {
         let ours = message.attributes.contains(&NeighbourAttribute::Protocol(PROTOCOL));
         if let Some((key, Neighbour { managed: true, .. })) = neighbour(&message)

@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     net::Ipv4Addr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use gateway_common::wire::Mac;
@@ -73,6 +73,9 @@ pub(super) struct Nodes {
     endpoints: HashMap<Ipv4Addr, BTreeSet<Rank>>,
     cidrs: NetIndex<Rank>,
     sources: HashMap<Ipv4Addr, BTreeSet<(SourceClaim, Rank)>>,
+    /// What is wrong, once somebody asked; forgotten when a node changes.
+    problems: OnceLock<Vec<Problem>>,
+    revision: u64,
 }
 
 impl Nodes {
@@ -84,7 +87,14 @@ impl Nodes {
             endpoints: HashMap::new(),
             cidrs: NetIndex::default(),
             sources: HashMap::new(),
+            problems: OnceLock::new(),
+            revision: 0,
         }
+    }
+
+    /// Rises with everything that is known.
+    pub(super) fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// Replaces what is known about a node; `None` if it is gone.
@@ -93,6 +103,8 @@ impl Nodes {
         if self.records.get(name).map(|record| &record.reading) == reading.as_ref() {
             return touched;
         }
+        self.revision += 1;
+        self.problems.take();
         let mut queue = BTreeSet::new();
         if let Some(old) = self.records.remove(name)
             && let NodeReading::Vtep(facts, _) = old.reading
@@ -166,7 +178,12 @@ impl Nodes {
         })
     }
 
-    pub(super) fn problems(&self) -> Vec<Problem> {
+    /// What is wrong. Costs work in proportion to the nodes if one changed since the last time.
+    pub(super) fn problems(&self) -> &[Problem] {
+        self.problems.get_or_init(|| self.find_problems())
+    }
+
+    fn find_problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         for (name, record) in &self.records {
             match &record.reading {

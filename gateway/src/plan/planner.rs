@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        flannel::{NodeSkip, PodSkip, read_node, read_pod},
+        flannel::{NodeSkip, PodFacts, PodReading, PodSkip, read_node},
         model::{Event, Object, ObjectRef, PodRef},
         problem::Problem,
     },
@@ -26,6 +26,8 @@ pub struct Planner {
     overlays: Vec<Arc<Overlay>>,
     nodes: Vec<Nodes>,
     pods: Pods,
+    /// Pods whose address is not one that their node's flannel gives out.
+    misplaced: BTreeSet<PodRef>,
     desired: Desired,
     /// What the listing under way has named so far.
     listed: Option<HashSet<ObjectRef>>,
@@ -40,6 +42,7 @@ impl Planner {
             nodes: overlays.iter().cloned().map(Nodes::new).collect(),
             overlays,
             pods: Pods::default(),
+            misplaced: BTreeSet::new(),
             desired: Desired::default(),
             listed: None,
             synced: false,
@@ -79,9 +82,15 @@ impl Planner {
         self.synced
     }
 
-    /// Everything that is wrong now: with single objects, and between them. Costs work in proportion to the cluster.
+    /// Rises when something changed that [`Self::problems`] may tell of.
+    pub fn revision(&self) -> u64 {
+        self.nodes.iter().map(Nodes::revision).sum::<u64>() + self.pods.revision()
+    }
+
+    /// Everything that is wrong now: with single objects, and between them. Costs work in proportion to what is wrong,
+    /// and, if a node changed since the last time, to the nodes.
     pub fn problems(&self) -> Vec<Problem> {
-        let mut problems: Vec<Problem> = self.nodes.iter().flat_map(Nodes::problems).collect();
+        let mut problems: Vec<Problem> = self.nodes.iter().flat_map(Nodes::problems).cloned().collect();
         problems.extend(self.pods.rejected().cloned());
         for address in self.pods.contested() {
             let mut claimants = self.pods.claimants(address);
@@ -96,7 +105,7 @@ impl Planner {
                 )
             }));
         }
-        problems.extend(self.misplaced());
+        problems.extend(self.misplaced.iter().flat_map(|pod| self.misplacements(pod)));
         problems
     }
 
@@ -113,22 +122,18 @@ impl Planner {
     }
 
     fn put(&mut self, object: &Object) -> Changes {
-        match (object, object.reference()) {
-            (Object::Node(node), ObjectRef::Node(name)) => {
+        match object {
+            Object::Node(node, origin) => {
+                let name: Arc<str> = node.metadata.name.as_deref().unwrap_or_default().into();
                 let mut changes = Changes::default();
                 for index in 0..self.nodes.len() {
-                    let reading = read_node(node, &self.overlays[index]);
+                    let reading = read_node(node, &self.overlays[index]).located(origin);
                     let touched = self.nodes[index].set(&name, Some(reading));
                     changes.merge(self.update_nodes(index, touched));
                 }
                 changes
             }
-            (Object::Pod(pod), ObjectRef::Pod(reference)) => {
-                let reading = read_pod(pod, &reference);
-                let touched = self.pods.set(&reference, Some(reading));
-                self.update_pods(touched)
-            }
-            _ => unreachable!("an object's reference has the object's kind"),
+            Object::Pod(pod, reading) => self.set_pod(pod, Some(reading.clone())),
         }
     }
 
@@ -142,10 +147,7 @@ impl Planner {
                 }
                 changes
             }
-            ObjectRef::Pod(pod) => {
-                let touched = self.pods.set(pod, None);
-                self.update_pods(touched)
-            }
+            ObjectRef::Pod(pod) => self.set_pod(pod, None),
         }
     }
 
@@ -179,7 +181,11 @@ impl Planner {
         let mut changes = Changes::default();
         let mut addresses = BTreeSet::new();
         for node in vteps {
-            addresses.extend(self.pods.addresses_on(&node));
+            let pods: Vec<(Ipv4Addr, PodRef)> = self.pods.on(&node).cloned().collect();
+            for (address, pod) in pods {
+                addresses.insert(address);
+                self.update_misplaced(&pod);
+            }
             let goal = self.nodes[index].vtep(&node);
             set(&mut self.desired.vteps, VtepKey { overlay, node }, goal, &mut changes.vteps);
         }
@@ -198,8 +204,12 @@ impl Planner {
         changes
     }
 
-    fn update_pods(&mut self, touched: BTreeSet<Ipv4Addr>) -> Changes {
+    fn set_pod(&mut self, pod: &PodRef, reading: Option<PodReading>) -> Changes {
         let mut changes = Changes::default();
+        let touched = self.pods.set(pod, reading);
+        if !touched.is_empty() {
+            self.update_misplaced(pod);
+        }
         for address in touched {
             for index in 0..self.nodes.len() {
                 let goal = self.pod_goal(index, address);
@@ -224,43 +234,38 @@ impl Planner {
         (membership == Membership::Vtep).then(|| VtepKey { overlay: overlay_id(index), node: node.clone() })
     }
 
-    /// Pods whose address is not one that their node's flannel gives out.
-    fn misplaced(&self) -> Vec<Problem> {
-        let mut found: Vec<(&PodRef, Problem)> = Vec::new();
-        for (pod, facts) in self.pods.placed() {
-            for (overlay, nodes) in self.overlays.iter().zip(&self.nodes) {
-                if nodes.membership(&facts.node) != Membership::Vtep {
-                    continue;
-                }
-                let place = format!("{pod}, status.podIP");
-                if overlay.subnet.contains(&facts.address) {
-                    found.push((
-                        pod,
-                        Problem::error(
-                            place,
-                            format!("{} is in the gateway's own subnet {}", facts.address, overlay.subnet),
-                            "the subnet must not be given to a node: check the allocation of pod CIDRs",
-                        ),
-                    ));
-                } else if let Some(cidr) =
-                    nodes.cidr(&facts.node).filter(|cidr| !cidr.contains(&facts.address))
-                {
-                    found.push((
-                        pod,
-                        Problem::warning(
-                            place,
-                            format!(
-                                "{} is outside of {cidr}, the podCIDR of Node {}",
-                                facts.address, facts.node
-                            ),
-                            "if another network plugin gave the address, the node may not deliver it",
-                        ),
-                    ));
-                }
-            }
+    fn update_misplaced(&mut self, pod: &PodRef) {
+        if self.misplacements(pod).is_empty() {
+            self.misplaced.remove(pod);
+        } else {
+            self.misplaced.insert(pod.clone());
         }
-        found.sort_by_key(|(pod, _)| *pod);
-        found.into_iter().map(|(_, problem)| problem).collect()
+    }
+
+    /// What is wrong with a pod's address in view of its node; one for each overlay at most.
+    fn misplacements(&self, pod: &PodRef) -> Vec<Problem> {
+        let Some(facts) = self.pods.placed(pod) else { return Vec::new() };
+        let PodFacts { address, node, .. } = facts;
+        let overlays = self.overlays.iter().zip(&self.nodes);
+        overlays
+            .filter(|(_, nodes)| nodes.membership(node) == Membership::Vtep)
+            .filter_map(|(overlay, nodes)| {
+                let place = || format!("{pod}, status.podIP");
+                if overlay.subnet.contains(address) {
+                    return Some(Problem::error(
+                        place(),
+                        format!("{address} is in the gateway's own subnet {}", overlay.subnet),
+                        "the subnet must not be given to a node: check the allocation of pod CIDRs",
+                    ));
+                }
+                let cidr = nodes.cidr(node).filter(|cidr| !cidr.contains(address))?;
+                Some(Problem::warning(
+                    place(),
+                    format!("{address} is outside of {cidr}, the podCIDR of Node {node}"),
+                    "if another network plugin gave the address, the node may not deliver it",
+                ))
+            })
+            .collect()
     }
 }
 

@@ -26,8 +26,8 @@ struct Rank {
     pod: PodRef,
 }
 
-/// Pods with the same address, best first, and their nodes.
-type Claims = BTreeMap<Rank, Arc<str>>;
+/// Pods with the same address, best first, and their nodes. Nearly always one, so the room for it is all that is taken.
+type Claims = Vec<(Rank, Arc<str>)>;
 
 #[derive(Debug, Default)]
 pub(super) struct Pods {
@@ -36,15 +36,22 @@ pub(super) struct Pods {
     by_node: HashMap<Arc<str>, BTreeSet<(Ipv4Addr, PodRef)>>,
     contested: BTreeSet<Ipv4Addr>,
     rejected: BTreeSet<PodRef>,
+    revision: u64,
 }
 
 impl Pods {
+    /// Rises with everything that is known.
+    pub(super) fn revision(&self) -> u64 {
+        self.revision
+    }
+
     /// Replaces what is known about a pod, `None` if it is gone; returns the addresses whose claims changed.
     pub(super) fn set(&mut self, pod: &PodRef, reading: Option<PodReading>) -> BTreeSet<Ipv4Addr> {
         let mut touched = BTreeSet::new();
         if self.readings.get(pod) == reading.as_ref() {
             return touched;
         }
+        self.revision += 1;
         self.rejected.remove(pod);
         if let Some(PodReading::Placed(facts)) = self.readings.remove(pod) {
             self.unindex(pod, &facts);
@@ -75,17 +82,17 @@ impl Pods {
         self.claims.get(&address).into_iter().flatten().map(|(rank, node)| (&rank.pod, node))
     }
 
-    /// Addresses of a node's pods.
-    pub(super) fn addresses_on(&self, node: &str) -> impl Iterator<Item = Ipv4Addr> {
-        self.by_node.get(node).into_iter().flatten().map(|(address, _)| *address)
+    /// A node's pods and their addresses.
+    pub(super) fn on(&self, node: &str) -> impl Iterator<Item = &(Ipv4Addr, PodRef)> {
+        self.by_node.get(node).into_iter().flatten()
     }
 
-    /// Pods with addresses.
-    pub(super) fn placed(&self) -> impl Iterator<Item = (&PodRef, &PodFacts)> {
-        self.readings.iter().filter_map(|(pod, reading)| match reading {
-            PodReading::Placed(facts) => Some((pod, facts)),
+    /// Where a pod is, if it has an address.
+    pub(super) fn placed(&self, pod: &PodRef) -> Option<&PodFacts> {
+        match self.readings.get(pod)? {
+            PodReading::Placed(facts) => Some(facts),
             _ => None,
-        })
+        }
     }
 
     /// Addresses that several pods claim.
@@ -114,8 +121,10 @@ impl Pods {
     fn index(&mut self, pod: &PodRef, facts: &PodFacts) {
         let node = self.by_node.get_key_value(&facts.node).map_or(&facts.node, |(node, _)| node).clone();
         self.by_node.entry(node.clone()).or_default().insert((facts.address, pod.clone()));
-        let claims = self.claims.entry(facts.address).or_default();
-        claims.insert(rank(pod, facts), node);
+        let claims = self.claims.entry(facts.address).or_insert_with(|| Vec::with_capacity(1));
+        let rank = rank(pod, facts);
+        let place = claims.partition_point(|(other, _)| *other < rank);
+        claims.insert(place, (rank, node));
         if claims.len() > 1 {
             self.contested.insert(facts.address);
         }
@@ -129,7 +138,7 @@ impl Pods {
             }
         }
         if let Some(claims) = self.claims.get_mut(&facts.address) {
-            claims.remove(&rank(pod, facts));
+            claims.retain(|(rank, _)| rank.pod != *pod);
             if claims.len() < 2 {
                 self.contested.remove(&facts.address);
             }

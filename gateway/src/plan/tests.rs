@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     cluster::{
-        flannel::{NodeFacts, NodeReading, PodReading, read_node, read_pod},
+        flannel::{NodeFacts, NodeReading, PodReading, read_node},
         model::{Event, Object, ObjectRef},
         problem::{Problem, Severity},
     },
@@ -88,7 +88,7 @@ impl NodeText {
             ("backend-data", format!(r#"{{"VNI":1,"VtepMAC":"0e:00:00:00:00:{:02x}"}}"#, self.mac)),
             ("public-ip", format!("172.16.2.{}", self.endpoint)),
         ];
-        Object::Node(Box::new(Node {
+        let node = Node {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
                 creation_timestamp: time(self.created),
@@ -108,7 +108,8 @@ impl NodeText {
                 }]),
                 ..NodeStatus::default()
             }),
-        }))
+        };
+        Object::Node(Box::new(node), "".into())
     }
 }
 
@@ -120,7 +121,7 @@ fn pod(
     terminating: bool,
     phase: &str,
 ) -> Object {
-    Object::Pod(Box::new(Pod {
+    Object::pod(&Pod {
         metadata: ObjectMeta {
             name: Some(name.into()),
             namespace: Some("default".into()),
@@ -134,7 +135,7 @@ fn pod(
             pod_ip: Some(address.into()),
             ..PodStatus::default()
         }),
-    }))
+    })
 }
 
 fn running(name: &str, node: &str, address: &str) -> Object {
@@ -149,18 +150,16 @@ fn apply(object: Object) -> Event {
 fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay]) -> Desired {
     let mut desired = Desired::default();
     let mut claims: BTreeMap<Ipv4Addr, Vec<_>> = BTreeMap::new();
-    for (reference, object) in objects {
-        if let (Object::Pod(pod), ObjectRef::Pod(reference)) = (object, reference)
-            && let PodReading::Placed(facts) = read_pod(pod, reference)
-        {
-            let order = (facts.terminating, Reverse(facts.created), reference.clone());
-            claims.entry(facts.address).or_default().push((order, facts.node));
+    for object in objects.values() {
+        if let Object::Pod(pod, PodReading::Placed(facts)) = object {
+            let order = (facts.terminating, Reverse(facts.created), pod.clone());
+            claims.entry(facts.address).or_default().push((order, facts.node.clone()));
         }
     }
     for (id, overlay) in (0..).zip(overlays) {
         let mut members: Vec<(_, Arc<str>, NodeFacts)> = Vec::new();
         for (reference, object) in objects {
-            if let (Object::Node(node), ObjectRef::Node(name)) = (object, reference)
+            if let (Object::Node(node, _), ObjectRef::Node(name)) = (object, reference)
                 && let NodeReading::Vtep(facts, _) = read_node(node, overlay)
             {
                 members.push(((facts.created.is_none(), facts.created), name.clone(), facts));
@@ -462,14 +461,14 @@ fn five_thousand_nodes_and_their_pods() {
     for index in 0..NODES {
         let mut node = node_text("", 1, "");
         node.name = format!("n{index}");
-        let Object::Node(mut object) = node.object() else { unreachable!() };
+        let Object::Node(mut object, origin) = node.object() else { unreachable!() };
         let annotations = object.metadata.annotations.as_mut().unwrap();
         let [_, _, c, d] = index.to_be_bytes();
         annotations.insert("a.example/public-ip".into(), format!("172.20.{c}.{d}"));
         let mac = format!(r#"{{"VtepMAC":"0e:00:00:01:{c:02x}:{d:02x}"}}"#);
         annotations.insert("a.example/backend-data".into(), mac);
         object.spec.as_mut().unwrap().pod_cidr = Some(format!("{}/24", at(index, 0)));
-        let changes = planner.apply(&apply(Object::Node(object)));
+        let changes = planner.apply(&apply(Object::Node(object, origin)));
         assert_eq!(changes.pods.len(), PODS_PER_NODE as usize);
     }
     assert_eq!(planner.desired().vteps.len(), NODES as usize);

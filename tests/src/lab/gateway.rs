@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     env,
     path::{Path, PathBuf},
-    process::ExitStatus,
+    process::{ExitStatus, Output},
     time::Duration,
 };
 
@@ -64,6 +64,11 @@ impl Gateway {
     /// What `gateway <verb>` prints for people.
     pub fn text(&self, host: &Host, verb: &[&str]) -> Result<String> {
         host.run(&command(&self.program, &self.config, verb)?)
+    }
+
+    /// What `gateway <verb>` does, also if it does not end well.
+    pub fn output(&self, host: &Host, verb: &[&str]) -> Result<Output> {
+        host.output(&command(&self.program, &self.config, verb)?)
     }
 
     /// What `gateway <verb> --json` prints.

@@ -1,13 +1,14 @@
 //! What a directory of manifests says, and what changed since it was last looked at.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ffi::OsStr,
     fs::{self, File},
     io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use super::manifest::Manifest;
@@ -18,6 +19,8 @@ use crate::cluster::{
 
 /// Larger files are refused: a cluster of 5,000 nodes fits several times, a stray disk image does not.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+/// A file that never falls quiet is read nevertheless.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Tells versions of a file apart without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,9 +47,24 @@ impl Stamp {
 #[derive(Debug, Default)]
 struct FileState {
     stamp: Option<Stamp>,
-    objects: BTreeMap<ObjectRef, Arc<Object>>,
+    /// What it holds; the objects themselves are kept with those of all files.
+    objects: BTreeSet<ObjectRef>,
     problems: Vec<Problem>,
     ignored: usize,
+    /// It is being written since then.
+    unsettled: Option<Instant>,
+}
+
+/// The files that hold an object, first by name first, and what each of them says.
+type Holders = Vec<(Arc<str>, Arc<Object>)>;
+
+/// What a look at the directory brought.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// What changed in the objects.
+    pub events: Vec<Event>,
+    /// A file is being written: look again soon.
+    pub unsettled: bool,
 }
 
 /// A directory of manifests, as it was when last looked at.
@@ -54,21 +72,30 @@ struct FileState {
 pub struct Directory {
     path: PathBuf,
     problems: ProblemList,
-    /// By file name: the first one that names an object has it.
-    files: BTreeMap<String, FileState>,
-    /// What has been told.
-    told: BTreeMap<ObjectRef, Arc<Object>>,
+    quiet: Duration,
+    files: BTreeMap<Arc<str>, FileState>,
+    objects: HashMap<ObjectRef, Holders>,
+    /// Objects that several files hold.
+    contested: BTreeSet<ObjectRef>,
 }
 
 impl Directory {
-    /// A directory that has not been looked at. What is wrong with it is kept in `problems`.
-    pub fn new(path: &Path, problems: ProblemList) -> Self {
-        Self { path: path.to_owned(), problems, files: BTreeMap::new(), told: BTreeMap::new() }
+    /// A directory that has not been looked at. What is wrong with it is kept in `problems`. A file is read when
+    /// nobody has written to it for `quiet`.
+    pub fn new(path: &Path, problems: ProblemList, quiet: Duration) -> Self {
+        Self {
+            path: path.to_owned(),
+            problems,
+            quiet,
+            files: BTreeMap::new(),
+            objects: HashMap::new(),
+            contested: BTreeSet::new(),
+        }
     }
 
-    /// Looks at the directory, reads the files that changed, and returns what changed in the objects. If the
-    /// directory itself cannot be read, nothing changes: `None`, and the error is among the problems.
-    pub fn rescan(&mut self) -> Option<Vec<Event>> {
+    /// Looks at the directory, and reads the files that changed. If the directory itself cannot be read, nothing
+    /// changes: `None`, and the error is among the problems.
+    pub fn rescan(&mut self) -> Option<Look> {
         let place = self.path.display().to_string();
         let names = match list(&self.path) {
             Ok(names) => names,
@@ -84,29 +111,23 @@ impl Directory {
         };
         self.problems.set(&place, Vec::new());
 
-        let gone: Vec<String> = self.files.keys().filter(|name| !names.contains(*name)).cloned().collect();
-        let mut changed: BTreeSet<ObjectRef> = BTreeSet::new();
-        for name in &gone {
-            if let Some(state) = self.files.remove(name) {
-                changed.extend(state.objects.into_keys());
-            }
-            self.problems.set(&self.place(name), Vec::new());
+        // What was in force before this look, for everything that it touches.
+        let mut before = BTreeMap::new();
+        let gone: Vec<Arc<str>> =
+            self.files.keys().filter(|name| !names.contains(name.as_ref())).cloned().collect();
+        for name in gone {
+            let state = self.files.remove(&name).unwrap_or_default();
+            self.replace(&name, &state.objects, BTreeMap::new(), &mut before);
+            self.problems.set(&self.place(&name), Vec::new());
         }
-        let mut any = !gone.is_empty();
+        let mut unsettled = false;
         for name in names {
-            let path = self.path.join(&name);
-            let state = self.files.entry(name.clone()).or_default();
-            any |= state.refresh(&name, &path, &mut changed);
+            let name =
+                self.files.get_key_value(name.as_str()).map_or_else(|| name.into(), |(name, _)| name.clone());
+            unsettled |= self.refresh(&name, &mut before);
         }
-        if any {
-            self.report();
-        }
-        Some(self.tell(changed))
-    }
-
-    /// Every object that is in force.
-    pub fn objects(&self) -> impl Iterator<Item = &Arc<Object>> {
-        self.told.values()
+        self.report_contested(&place);
+        Some(Look { events: self.events(before), unsettled })
     }
 
     /// How many objects of other kinds the files hold.
@@ -118,91 +139,130 @@ impl Directory {
         self.path.join(name).display().to_string()
     }
 
-    /// Publishes the problems of every file, and those between files.
-    fn report(&self) {
-        let mut owners: BTreeMap<&ObjectRef, &str> = BTreeMap::new();
-        for (name, state) in &self.files {
-            let mut problems = state.problems.clone();
-            for reference in state.objects.keys() {
-                match owners.get(reference) {
-                    Some(owner) => problems.push(Problem::error(
-                        format!("{name}, {reference}"),
-                        format!("is also in {owner}, which comes first by name and counts"),
-                        "remove it from one of the two files",
-                    )),
-                    None => {
-                        owners.insert(reference, name);
-                    }
-                }
+    /// Reads a file if it changed. Tells whether it is being written, and so was left alone for now.
+    fn refresh(&mut self, name: &Arc<str>, before: &mut Before) -> bool {
+        let mut state = self.files.remove(name).unwrap_or_default();
+        let found = read(&self.path.join(name.as_ref()), state.stamp, self.quiet, &mut state.unsettled);
+        let unsettled = match found {
+            Ok(Found::Same) => false,
+            Ok(Found::Unsettled) => true,
+            Ok(Found::New(stamp, text)) => {
+                self.take(name, &mut state, &text, before);
+                state.stamp = Some(stamp);
+                false
             }
-            self.problems.set(&self.place(name), problems);
+            Err(error) => {
+                let problem = Problem::error(
+                    name.as_ref(),
+                    format!("cannot be read: {error}"),
+                    "mend it or remove it; until then what it said before stays in force",
+                );
+                state.stamp = None;
+                if state.problems != [problem.clone()] {
+                    state.problems = vec![problem];
+                    self.problems.set(&self.place(name), state.problems.clone());
+                }
+                false
+            }
+        };
+        self.files.insert(name.clone(), state);
+        unsettled
+    }
+
+    /// Takes over what a file says.
+    fn take(&mut self, name: &Arc<str>, state: &mut FileState, text: &[u8], before: &mut Before) {
+        let manifest = if Path::new(name.as_ref()).extension() == Some(OsStr::new("json")) {
+            Manifest::from_json(name, text)
+        } else {
+            Manifest::from_yaml(name, text)
+        };
+        let Manifest { objects, broken, problems, complete, ignored } = manifest;
+        let held: BTreeSet<ObjectRef> = objects.keys().cloned().collect();
+        // What is broken, or cut off, goes on as it was.
+        let (kept, dropped): (BTreeSet<ObjectRef>, BTreeSet<ObjectRef>) = std::mem::take(&mut state.objects)
+            .into_iter()
+            .filter(|known| !held.contains(known))
+            .partition(|known| !complete || broken.contains(known));
+        self.replace(name, &dropped, objects, before);
+        state.objects = held;
+        state.objects.extend(kept);
+        if state.problems != problems {
+            self.problems.set(&self.place(name), problems.clone());
+            state.problems = problems;
+        }
+        state.ignored = ignored;
+    }
+
+    /// Removes `dropped` from what a file holds, and puts `objects` there.
+    fn replace(
+        &mut self,
+        name: &Arc<str>,
+        dropped: &BTreeSet<ObjectRef>,
+        objects: BTreeMap<ObjectRef, Arc<Object>>,
+        before: &mut Before,
+    ) {
+        for reference in dropped {
+            let Some(holders) = self.objects.get_mut(reference) else { continue };
+            before.entry(reference.clone()).or_insert_with(|| in_force(holders));
+            holders.retain(|(holder, _)| holder != name);
+            if holders.len() < 2 {
+                self.contested.remove(reference);
+            }
+            if holders.is_empty() {
+                self.objects.remove(reference);
+            }
+        }
+        for (reference, object) in objects {
+            let holders = self.objects.entry(reference.clone()).or_insert_with(|| Vec::with_capacity(1));
+            let previous = in_force(holders);
+            match holders.binary_search_by(|(holder, _)| holder.cmp(name)) {
+                Ok(at) if holders[at].1 == object => continue,
+                Ok(at) => holders[at].1 = object,
+                Err(at) => holders.insert(at, (name.clone(), object)),
+            }
+            if holders.len() > 1 {
+                self.contested.insert(reference.clone());
+            }
+            before.entry(reference).or_insert(previous);
         }
     }
 
-    /// Events for the objects whose version in force changed.
-    fn tell(&mut self, changed: BTreeSet<ObjectRef>) -> Vec<Event> {
-        let mut events = Vec::new();
-        for reference in changed {
-            let now = self.files.values().find_map(|state| state.objects.get(&reference));
-            match now {
-                Some(now) => {
-                    let before = self.told.insert(reference, now.clone());
-                    if before.as_ref() != Some(now) {
-                        events.push(Event::Apply(now.clone()));
-                    }
-                }
-                None => {
-                    if self.told.remove(&reference).is_some() {
-                        events.push(Event::Delete(reference));
-                    }
-                }
+    fn report_contested(&self, place: &str) {
+        let problems = self.contested.iter().flat_map(|reference| {
+            let mut holders = self.objects.get(reference).into_iter().flatten().map(|(name, _)| name);
+            let first = holders.next();
+            holders.filter_map(move |name| {
+                Some(Problem::error(
+                    format!("{name}, {reference}"),
+                    format!("is also in {}, which comes first by name and counts", first?),
+                    "remove it from one of the two files",
+                ))
+            })
+        });
+        self.problems.set(&format!("{place}: several files"), problems.collect());
+    }
+
+    /// Events for the objects whose version in force is another one now.
+    fn events(&self, before: Before) -> Vec<Event> {
+        let (mut events, mut gone) = (Vec::new(), Vec::new());
+        for (reference, before) in before {
+            match self.objects.get(&reference).and_then(in_force) {
+                Some(now) if before.as_ref() != Some(&now) => events.push(Event::Apply(now)),
+                Some(_) => {}
+                None => gone.extend(before.map(|_| Event::Delete(reference))),
             }
         }
         // What appears goes first: an object that moves from one name to another is never nowhere.
-        events.sort_by_key(|event| matches!(event, Event::Delete(_)));
+        events.append(&mut gone);
         events
     }
 }
 
-impl FileState {
-    /// Reads the file if it changed; notes the objects that did. Returns whether anything was read.
-    fn refresh(&mut self, name: &str, path: &Path, changed: &mut BTreeSet<ObjectRef>) -> bool {
-        let (stamp, text) = match read(path, self.stamp) {
-            Ok(None) => return false,
-            Ok(Some(read)) => read,
-            Err(error) => {
-                let problem = Problem::error(
-                    name,
-                    format!("cannot be read: {error}"),
-                    "mend it or remove it; until then what it said before stays in force",
-                );
-                let news = self.problems != [problem.clone()];
-                self.stamp = None;
-                self.problems = vec![problem];
-                return news;
-            }
-        };
-        let manifest = if Path::new(name).extension() == Some(OsStr::new("json")) {
-            Manifest::from_json(name, &text)
-        } else {
-            Manifest::from_yaml(name, &text)
-        };
-        let mut before = std::mem::replace(&mut self.objects, manifest.objects);
-        if manifest.complete {
-            before.retain(|reference, _| {
-                changed.insert(reference.clone());
-                manifest.broken.contains(reference)
-            });
-        }
-        for (reference, object) in before {
-            self.objects.entry(reference).or_insert(object);
-        }
-        changed.extend(self.objects.keys().cloned());
-        self.stamp = Some(stamp);
-        self.problems = manifest.problems;
-        self.ignored = manifest.ignored;
-        true
-    }
+/// The version of objects that was in force; `None` for those that were not there.
+type Before = BTreeMap<ObjectRef, Option<Arc<Object>>>;
+
+fn in_force(holders: &Holders) -> Option<Arc<Object>> {
+    holders.first().map(|(_, object)| object.clone())
 }
 
 /// Names of the manifests in a directory.
@@ -223,22 +283,48 @@ fn list(path: &Path) -> io::Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// The content, unless the file is still the one with stamp `known`.
-fn read(path: &Path, known: Option<Stamp>) -> io::Result<Option<(Stamp, Vec<u8>)>> {
+/// What became of a file.
+enum Found {
+    /// It is still the one with the stamp.
+    Same,
+    /// It is being written.
+    Unsettled,
+    /// Another one.
+    New(Stamp, Vec<u8>),
+}
+
+/// The content, unless the file is the `known` one or somebody has written to it within `quiet`. `unsettled` is when
+/// that was seen first: a file that is written all the time is read nevertheless.
+fn read(
+    path: &Path,
+    known: Option<Stamp>,
+    quiet: Duration,
+    unsettled: &mut Option<Instant>,
+) -> io::Result<Found> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
     if Some(Stamp::of(&metadata)) == known {
-        return Ok(None);
+        return Ok(Found::Same);
     }
+    let too_large = || io::Error::other(format!("it is larger than {} MiB", MAX_FILE_BYTES >> 20));
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err(too_large());
+    }
+    // A time in the future is nobody's writing.
+    let fresh = metadata.modified()?.elapsed().is_ok_and(|age| age < quiet);
+    if fresh && unsettled.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
+        return Ok(Found::Unsettled);
+    }
+    *unsettled = None;
     let file = File::open(path)?;
     // Of the open file: its name may mean another one by now, and the next look will see that.
     let stamp = Stamp::of(&file.metadata()?);
     let mut text = Vec::new();
     file.take(MAX_FILE_BYTES + 1).read_to_end(&mut text)?;
     if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(io::Error::other(format!("it is larger than {} MiB", MAX_FILE_BYTES >> 20)));
+        return Err(too_large());
     }
-    Ok(Some((stamp, text)))
+    Ok(Found::New(stamp, text))
 }

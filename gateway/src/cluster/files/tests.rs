@@ -1,12 +1,13 @@
 //! Directories of manifests as people and kubelets write them.
 
-use std::{fmt::Write as _, fs, os::unix::fs::symlink, path::Path, time::Duration};
+use std::{fmt::Write as _, fs, net::Ipv4Addr, os::unix::fs::symlink, path::Path, time::Duration};
 
 use rstest::rstest;
 use tokio::{sync::mpsc, time::timeout};
 
 use super::*;
 use crate::cluster::{
+    flannel::PodReading,
     model::{Event, Object, ObjectRef},
     problem::{Problem, ProblemList},
 };
@@ -77,7 +78,7 @@ impl Fixture {
     fn new() -> Self {
         let root = tempfile::tempdir().unwrap();
         let problems = ProblemList::default();
-        let directory = Directory::new(root.path(), problems.clone());
+        let directory = Directory::new(root.path(), problems.clone(), Duration::ZERO);
         Self { root, problems, directory }
     }
 
@@ -87,7 +88,7 @@ impl Fixture {
 
     /// What changed: `+` applied, `-` deleted.
     fn scan(&mut self) -> Vec<String> {
-        self.directory.rescan().expect("the directory is there").iter().map(describe).collect()
+        self.directory.rescan().expect("the directory is there").events.iter().map(describe).collect()
     }
 
     fn places(&self) -> Vec<String> {
@@ -127,14 +128,16 @@ fn every_form_is_read(#[case] name: &str, #[case] text: String, #[case] expected
 fn values_arrive_as_they_were_written() {
     let mut fixture = Fixture::new();
     fixture.write("a.yaml", KUBECTL_LIST);
-    fixture.scan();
-    let objects: Vec<&Object> = fixture.directory.objects().map(AsRef::as_ref).collect();
-    let [Object::Node(node), Object::Pod(pod)] = objects[..] else { panic!("{objects:?}") };
+    let events = fixture.directory.rescan().unwrap().events;
+    let [Event::Apply(node), Event::Apply(pod)] = &events[..] else { panic!("{events:?}") };
+    let (Object::Node(node, _), Object::Pod(_, PodReading::Placed(pod))) = (&**node, &**pod) else {
+        panic!("{events:?}")
+    };
     let annotations = node.metadata.annotations.as_ref().unwrap();
     assert_eq!(annotations["flannel.alpha.coreos.com/kube-subnet-manager"], "true");
     assert_eq!(annotations["flannel.alpha.coreos.com/public-ip"], "172.31.7.11");
     assert_eq!(node.metadata.creation_timestamp.as_ref().unwrap().0.as_second(), 1_785_578_400);
-    assert_eq!(pod.status.as_ref().unwrap().pod_ips.as_ref().unwrap()[0].ip, "10.244.1.5");
+    assert_eq!((pod.node.as_ref(), pod.address), ("node-1", Ipv4Addr::new(10, 244, 1, 5)));
 }
 
 #[test]
@@ -166,6 +169,8 @@ fn one_bad_object_blocks_nobody() {
 #[case::no_name("apiVersion: v1\nkind: Node\nmetadata: {}\n", "Node, metadata.name")]
 #[case::no_version("kind: Node\nmetadata: {name: n}\n", "document 1")]
 #[case::no_object("- 1\n", "document 1")]
+#[case::no_kind("apiVersion: v1\nmetadata: {name: n}\n", "document 1")]
+#[case::text("word\n", "document 1")]
 #[case::items("apiVersion: v1\nkind: List\nitems: 5\n", "items")]
 #[case::twice(
     "apiVersion: v1\nkind: Node\nmetadata: {name: n}\n---\napiVersion: v1\nkind: Node\nmetadata: {name: n}\n",
@@ -205,8 +210,34 @@ fn a_half_written_file_keeps_what_it_said() {
     fixture.write("a.yaml", &format!("{}---\n{{", node("c")));
     assert_eq!(fixture.scan(), ["+Node c"]);
     fixture.write("a.yaml", &node("b"));
-    assert_eq!(fixture.scan(), ["-Node a", "-Node c"]);
+    // It stands elsewhere in the file now, which its problems would name.
+    assert_eq!(fixture.scan(), ["+Node b", "-Node a", "-Node c"]);
     assert_eq!(fixture.problems.all(), []);
+}
+
+/// kubectl writes the kind of a list behind its items, so a prefix of it is well-formed YAML that says nothing.
+#[test]
+fn a_list_cut_at_any_byte_takes_nothing_away() {
+    let mut fixture = Fixture::new();
+    fixture.write("a.yaml", KUBECTL_LIST);
+    fixture.scan();
+    for end in 0..KUBECTL_LIST.len() {
+        fixture.write("a.yaml", &KUBECTL_LIST[..end]);
+        assert_eq!(fixture.scan(), Vec::<String>::new(), "cut at {end}");
+    }
+}
+
+#[test]
+fn a_file_is_read_when_its_writer_has_paused() {
+    const QUIET: Duration = Duration::from_millis(200);
+    let root = tempfile::tempdir().unwrap();
+    let mut directory = Directory::new(root.path(), ProblemList::default(), QUIET);
+    fs::write(root.path().join("a.yaml"), node("a")).unwrap();
+    let look = directory.rescan().unwrap();
+    assert!(look.unsettled && look.events.is_empty(), "{look:?}");
+    std::thread::sleep(QUIET);
+    let look = directory.rescan().unwrap();
+    assert!(!look.unsettled && look.events.len() == 1, "{look:?}");
 }
 
 #[test]
@@ -242,7 +273,6 @@ fn an_unreadable_file_or_directory_keeps_what_it_said() {
     let elsewhere = fixture.root.path().with_extension("away");
     fs::rename(fixture.root.path(), &elsewhere).unwrap();
     assert!(fixture.directory.rescan().is_none());
-    assert_eq!(fixture.directory.objects().count(), 1);
     assert!(fixture.problems.all().iter().any(|problem| problem.what.contains("cannot be read")));
     fs::rename(&elsewhere, fixture.root.path()).unwrap();
     fs::remove_file(&path).unwrap();

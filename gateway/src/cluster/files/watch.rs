@@ -14,16 +14,19 @@ use notify::{
 use tokio::{
     sync::mpsc,
     task,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 
 use super::Directory;
 use crate::cluster::{model::Event, problem::ProblemList};
 
-/// A file is read when nothing has happened for so long: writers rarely finish in one step.
+/// A file is read when nobody has written to it for so long: writers rarely finish in one step.
 const QUIET: Duration = Duration::from_millis(50);
-/// A directory that never falls quiet is read nevertheless.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// Between a change and the look at it; other changes often follow.
+const PAUSE: Duration = Duration::from_millis(5);
+/// The next look waits so many times as long as the last one took, so that a directory that changes all the time takes
+/// a part of one CPU only.
+const REST: u32 = 3;
 /// Changes that inotify does not tell, as on network file systems or behind symbolic links, are seen after this.
 const POLL: Duration = Duration::from_secs(2);
 
@@ -31,42 +34,44 @@ const POLL: Duration = Duration::from_secs(2);
 /// not exist yet is waited for. What is wrong is kept in `problems`.
 pub async fn watch(path: PathBuf, events: mpsc::Sender<Event>, problems: ProblemList) {
     let (nudge, mut nudges) = mpsc::channel(1);
-    let mut directory = Directory::new(&path, problems);
+    let mut directory = Directory::new(&path, problems, QUIET);
     let mut watcher = None;
-    let mut synced = false;
+    let (mut listing, mut synced) = (false, false);
     loop {
         if !watcher.as_ref().is_some_and(|watcher: &DirectoryWatcher| watcher.is_current(&path)) {
             // Without a watcher (no directory yet, no inotify instances left) polling does the work.
             watcher = DirectoryWatcher::new(&path, nudge.clone()).ok();
         }
         let scan = task::spawn_blocking(move || {
+            let begin = Instant::now();
             let found = directory.rescan();
-            (directory, found)
+            (directory, found, begin.elapsed())
         });
-        let Ok((returned, found)) = scan.await else { return };
+        let Ok((returned, found, took)) = scan.await else { return };
         directory = returned;
+        let mut unsettled = false;
         if let Some(found) = found {
-            let begin = (!synced).then_some(Event::Listing);
-            let end = (!synced).then_some(Event::Synced);
-            for event in begin.into_iter().chain(found).chain(end) {
+            unsettled = found.unsettled;
+            let begin = (!listing).then_some(Event::Listing);
+            listing = true;
+            // What is still being written belongs to the listing.
+            let end = (!synced && !unsettled).then_some(Event::Synced);
+            synced |= end.is_some();
+            for event in begin.into_iter().chain(found.events).chain(end) {
                 if events.send(event).await.is_err() {
                     return;
                 }
             }
-            synced = true;
         }
         tokio::select! {
             () = events.closed() => return,
-            () = sleep(POLL) => {}
-            _ = nudges.recv() => settle(&mut nudges).await,
+            () = sleep(if unsettled { QUIET } else { POLL }) => {}
+            _ = nudges.recv() => {}
         }
+        sleep(PAUSE.max(took * REST)).await;
+        // Whatever happened until now is seen by the look that follows.
+        let _ = nudges.try_recv();
     }
-}
-
-/// Waits until nothing has happened for a moment.
-async fn settle(nudges: &mut mpsc::Receiver<()>) {
-    let deadline = Instant::now() + PATIENCE;
-    while Instant::now() < deadline && timeout(QUIET, nudges.recv()).await.is_ok() {}
 }
 
 /// A watch on one directory; the path may lead to another one later.
