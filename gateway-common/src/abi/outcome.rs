@@ -168,6 +168,7 @@ outcomes! {
     98 InnerBroadcast "inner_broadcast" Drop Suspect "Inner IPv4 in an Ethernet broadcast: routers do not forward those (RFC 1812 section 5.3.4).";
     99 EcnIllegal "ecn_illegal" Drop Notice "Outer says congestion experienced, inner does not know ECN (RFC 6040).";
     100 TunnelToTunnel "tunnel_to_tunnel" Drop Suspect "From the tunnel towards the tunnel: nodes reach one another without us.";
+    101 DirectSource "direct_source" Drop Suspect "Plain packet with a pod's source address that its directly reached node did not send.";
 }
 
 impl Outcome {

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     abi::{Outcome, Overlay, OverlayAddress, OverlayFlags, Roles, VtepFlags},
-    wire::{EtherType, Ipv4, Mac, TunnelHeaders, Vni},
+    wire::{EtherType, Ethernet, Ipv4, Mac, TunnelHeaders, Vni},
 };
 
 const GBP_FLAG: u8 = 0x80;
@@ -88,7 +88,7 @@ pub(super) fn from_tunnel<F: Frame, T: Tables>(
 }
 
 /// Forwards a plain packet of a pod whose node is reached without a tunnel (flannel's DirectRouting); `Ok` if it is
-/// something else.
+/// something else. No outer source tells who sent it: the node's MAC address must.
 #[inline(always)]
 pub(super) fn from_direct_node<F: Frame, T: Tables>(
     frame: &mut F,
@@ -106,6 +106,10 @@ pub(super) fn from_direct_node<F: Frame, T: Tables>(
             continue;
         };
         if vtep.slot().flags.has(VtepFlags::READY.with(VtepFlags::DIRECT)) {
+            let sender = frame.read::<Ethernet>(0).map(|ethernet| ethernet.src);
+            if overlay.flags.has(OverlayFlags::SOURCE_CHECK) && sender != Some(vtep.slot().next_hop) {
+                return Err(Verdict::drop(Outcome::DirectSource));
+            }
             let limit = mss::limit(overlay, vtep.slot().mtu);
             return match outward::route(frame, tables, packet, None, limit, Outcome::DirectIn) {
                 Ok(verdict) | Err(verdict) => Err(verdict),

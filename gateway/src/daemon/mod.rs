@@ -19,7 +19,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
 pub use self::problems::ProblemReport;
 use self::{
@@ -28,7 +28,7 @@ use self::{
 };
 use crate::{
     cluster::{self, model},
-    config::{Config, Source},
+    config::{Config, Overlay, Source},
     dataplane::{
         constants::constants,
         load::Programs,
@@ -43,7 +43,7 @@ use crate::{
         netlink,
         underlay::{NextHop, Path, ReadyHop, Underlay},
     },
-    plan::{Changes, Planner, VtepKey},
+    plan::{Changes, Planner, VtepKey, VtepSpec},
 };
 
 /// How often everything is read anew and compared.
@@ -146,6 +146,13 @@ impl Daemon {
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let lock = InstanceLock::take(&config.instance)?;
         let pins = Pins::new(&config.datapath.bpffs, &config.instance);
+        for path in pins.other_versions()? {
+            warn!(
+                "{} belongs to another version of the tables and is left alone: if that version is not to come back, \
+                 remove everything with `gateway detach` once",
+                path.display()
+            );
+        }
         let programs = Programs::prepare(pins, &config.datapath)?;
         programs.create_tables()?;
         let reconciler = Reconciler::adopt(Tables::open(programs.pins())?)?;
@@ -174,6 +181,7 @@ impl Daemon {
         for name in &names {
             absent.extend(daemon.attach(name)?);
         }
+        daemon.programs.settle_tables()?;
         daemon.problems.set(Part::Interfaces, absent);
         Ok(daemon)
     }
@@ -339,6 +347,7 @@ impl Daemon {
         self.problems.set(Part::Netlink, netlink_problems);
 
         if !self.planner.is_synced() {
+            self.follow_adopted().await;
             return;
         }
         if verify || !changes.vteps.is_empty() {
@@ -363,6 +372,50 @@ impl Daemon {
         Some(Path { local: overlay.local, endpoint: vtep.endpoint })
     }
 
+    /// Until the source says which nodes there are, the entries of the last run tell; their next hops may move.
+    async fn follow_adopted(&mut self) {
+        let nodes: Vec<(u32, VtepSlot, &Overlay)> = self
+            .reconciler
+            .adopted()
+            .filter_map(|(id, slot)| Some((id, *slot, self.config.overlays.get(usize::from(slot.overlay))?)))
+            .collect();
+        let path = |slot: &VtepSlot, overlay: &Overlay| Path {
+            local: overlay.local,
+            endpoint: slot.endpoint.into(),
+        };
+        let paths = nodes.iter().map(|(_, slot, overlay)| path(slot, overlay)).collect();
+        self.underlay.track(&paths).await;
+        let mut changes = Vec::new();
+        for (id, slot, overlay) in nodes {
+            let hop = self.underlay.next_hop(path(&slot, overlay), &self.host, &self.config);
+            let vtep = VtepSpec {
+                endpoint: slot.endpoint.into(),
+                mac: slot.mac,
+                direct: slot.flags.has(VtepFlags::DIRECT),
+            };
+            let moved = template::slot(slot.overlay.into(), overlay, &vtep, &hop);
+            // A direct node's entry does not tell the MAC that a tunnel would need.
+            let complete =
+                moved.flags.has(VtepFlags::READY) && moved.flags.has(VtepFlags::DIRECT) == vtep.direct;
+            if complete && moved != slot {
+                changes.push((id, moved));
+            }
+        }
+        let pass = self.reconciler.refresh(&changes);
+        self.problems.set(Part::Tables, pass.problems);
+    }
+
+    /// The slot of a node. While its next hop is merely not known yet, the one by which it is reached now.
+    fn slot(&self, key: &VtepKey, overlay: &Overlay, vtep: &VtepSpec, hop: &NextHop) -> VtepSlot {
+        let slot = template::slot(key.overlay, overlay, vtep, hop);
+        let standing = match hop {
+            NextHop::Pending(_) => self.reconciler.standing(key, &slot),
+            NextHop::Ready(_) | NextHop::Unresolved(_) => None,
+        };
+        let usable = |slot: &&VtepSlot| self.host.links.get(&slot.ifindex).is_some_and(|link| link.up);
+        standing.filter(usable).copied().unwrap_or(slot)
+    }
+
     /// Computes next hops and slots, adds the nodes whose slot is another one, and tells whether any hop moved.
     fn update_hops(&mut self, changes: &mut Changes) -> bool {
         let mut hops = BTreeMap::new();
@@ -371,7 +424,7 @@ impl Daemon {
             let Some(overlay) = self.config.overlays.get(key.overlay as usize) else { continue };
             let path = Path { local: overlay.local, endpoint: vtep.endpoint };
             let hop = self.underlay.next_hop(path, &self.host, &self.config);
-            let slot = template::slot(key.overlay, overlay, vtep, &hop);
+            let slot = self.slot(key, overlay, vtep, &hop);
             if self.slots.get(key) != Some(&slot) {
                 changes.vteps.insert(key.clone());
             }
@@ -480,6 +533,15 @@ impl Daemon {
         }
     }
 
+    /// Why a node cannot be reached, for people.
+    fn obstacle(&self, key: &VtepKey) -> Option<String> {
+        if self.slots.get(key).is_some_and(|slot| slot.flags.has(VtepFlags::READY)) {
+            return None;
+        }
+        let known = self.hops.get(key).and_then(NextHop::obstacle);
+        Some(known.unwrap_or("not looked up yet").to_owned())
+    }
+
     fn vtep_reports(&self) -> Vec<VtepReport> {
         let vteps = self.planner.desired().vteps.iter();
         vteps
@@ -489,11 +551,7 @@ impl Daemon {
                 id: self.reconciler.vtep_id(key),
                 endpoint: vtep.endpoint,
                 direct: self.slots.get(key).is_some_and(|slot| slot.flags.has(VtepFlags::DIRECT)),
-                unresolved: match self.hops.get(key) {
-                    Some(NextHop::Ready(_)) => None,
-                    Some(NextHop::Unresolved(reason)) => Some(reason.clone()),
-                    None => Some("not looked up yet".to_owned()),
-                },
+                unresolved: self.obstacle(key),
             })
             .collect()
     }

@@ -3,7 +3,7 @@
 //! The attachment is a BPF link pinned in the bpffs. So it outlives the daemon, and a new daemon (or new constants)
 //! swaps the program under it atomically: no packet goes without one.
 
-use std::{collections::BTreeMap, fs, io, time::Duration};
+use std::{collections::BTreeMap, fs, io, thread, time::Duration};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader, include_bytes_aligned,
@@ -18,7 +18,10 @@ use aya_log::EbpfLogger;
 use gateway_common::abi::{self, CONFIG_SYMBOL, PROGRAM};
 use tracing::{info, warn};
 
-use super::pins::{MapSpec, PinError, Pins, spec};
+use super::{
+    pins::{MapSpec, PinError, Pins, spec},
+    tables::{self, MoveError},
+};
 use crate::{
     config::{self, DatapathLog},
     kernel::host::{AttachMode, Link},
@@ -39,6 +42,9 @@ pub enum LoadError {
     /// A pin is wrong.
     #[error(transparent)]
     Pin(#[from] PinError),
+    /// A table cannot get the size that the configuration asks for.
+    #[error(transparent)]
+    Move(#[from] MoveError),
     /// The object cannot be loaded.
     #[error("cannot load the BPF object: {0}{advice}", advice = load_advice(.0))]
     Object(#[from] EbpfError),
@@ -119,6 +125,21 @@ fn load_advice(error: &EbpfError) -> &'static str {
     }
 }
 
+/// The kernel lets go of an attachment some time after its pin is gone; so often and at this distance it is tried.
+const RELEASE_ATTEMPTS: u32 = 100;
+const RELEASE_PAUSE: Duration = Duration::from_millis(10);
+
+/// What became of the attachment that an earlier run left.
+#[derive(Debug)]
+enum Adoption {
+    /// There was none.
+    Nothing,
+    /// It holds the device.
+    Swap(XdpLink),
+    /// It was of no use, and is being released.
+    Released,
+}
+
 /// A program at work on an interface.
 #[derive(Debug)]
 struct Attachment {
@@ -149,8 +170,8 @@ impl Programs {
     ///
     /// # Errors
     ///
-    /// A pin that is not what this configuration expects.
-    pub fn prepare(pins: Pins, settings: &config::Datapath) -> Result<Self, LoadError> {
+    /// A pin that is not what this version expects.
+    pub fn prepare(mut pins: Pins, settings: &config::Datapath) -> Result<Self, LoadError> {
         pins.prepare()?;
         let specs = spec::all(settings).to_vec();
         pins.check(&specs)?;
@@ -162,13 +183,28 @@ impl Programs {
         &self.pins
     }
 
-    /// Makes the tables, or adopts them, without attaching anything.
+    /// Makes the tables, or adopts them, without attaching anything. Those that get another size are copied.
     ///
     /// # Errors
     ///
-    /// The object cannot be loaded.
+    /// The object cannot be loaded, or what a table holds does not fit its new size. What ran before goes on running.
     pub fn create_tables(&self) -> Result<(), LoadError> {
-        self.load_object(&abi::Config::UNSET).map(drop)
+        // Dropped again at once: the pins keep the tables.
+        self.load_object(&abi::Config::UNSET)?;
+        for name in self.pins.staged() {
+            let copied = tables::fill_successor(&self.pins, name)?;
+            info!(table = name, entries = copied, "table moved to its new size");
+        }
+        Ok(())
+    }
+
+    /// Makes the tables the ones that an instance is known by, when every program uses them.
+    ///
+    /// # Errors
+    ///
+    /// A pin that cannot be put in its place.
+    pub fn settle_tables(&mut self) -> Result<(), PinError> {
+        self.pins.settle()
     }
 
     fn load_object(&self, constants: &abi::Config) -> Result<Ebpf, LoadError> {
@@ -211,12 +247,19 @@ impl Programs {
         let fault = |source| LoadError::Attach { interface: interface.clone(), source };
         let program_id = program.info().map_err(fault)?.id();
 
-        let how = if let Some(pinned) = self.adopt(link)? {
-            program.attach_to_link(pinned).map_err(fault)?;
-            "swapped"
-        } else {
-            self.attach_new(program, link)?;
-            "attached"
+        let how = match self.adopt(link)? {
+            Adoption::Swap(pinned) => {
+                program.attach_to_link(pinned).map_err(fault)?;
+                "swapped"
+            }
+            Adoption::Nothing => {
+                self.attach_new(program, link, 1)?;
+                "attached"
+            }
+            Adoption::Released => {
+                self.attach_new(program, link, RELEASE_ATTEMPTS)?;
+                "attached anew"
+            }
         };
         info!(interface, program = program_id, mode = ?self.settings.xdp_mode, "XDP program {how}");
         self.attached.insert(interface.clone(), Attachment { constants: *constants, program_id, logger });
@@ -224,10 +267,10 @@ impl Programs {
     }
 
     /// The pinned link, if it still holds this very device in the configured mode.
-    fn adopt(&self, link: &Link) -> Result<Option<XdpLink>, LoadError> {
+    fn adopt(&self, link: &Link) -> Result<Adoption, LoadError> {
         let path = self.pins.link(&link.name);
         if !path.exists() {
-            return Ok(None);
+            return Ok(Adoption::Nothing);
         }
         let fault = |source| LoadError::Link { interface: link.name.clone(), source };
         let pinned = FdLink::from(PinnedLink::from_pin(&path).map_err(fault)?);
@@ -237,20 +280,28 @@ impl Programs {
             config::XdpMode::Generic => AttachMode::Generic,
         };
         if link.xdp.program == ours && link.xdp.mode == Some(mode) {
-            return XdpLink::try_from(pinned).map(Some).map_err(fault);
+            return XdpLink::try_from(pinned).map(Adoption::Swap).map_err(fault);
         }
         // A device that went away leaves its link behind, and the mode of a link cannot change.
         self.unpin(&link.name)?;
-        Ok(None)
+        Ok(Adoption::Released)
     }
 
-    fn attach_new(&self, program: &mut Xdp, link: &Link) -> Result<(), LoadError> {
+    fn attach_new(&self, program: &mut Xdp, link: &Link, attempts: u32) -> Result<(), LoadError> {
         let interface = &link.name;
         let mode = match self.settings.xdp_mode {
             config::XdpMode::Driver => XdpMode::Driver,
             config::XdpMode::Generic => XdpMode::Skb,
         };
-        let id = program.attach_to_if_index(link.index, mode).map_err(|error| match errno(&error) {
+        let mut attached = program.attach_to_if_index(link.index, mode);
+        for _ in 1..attempts {
+            match &attached {
+                Err(error) if errno(error) == Some(libc::EBUSY) => thread::sleep(RELEASE_PAUSE),
+                _ => break,
+            }
+            attached = program.attach_to_if_index(link.index, mode);
+        }
+        let id = attached.map_err(|error| match errno(&error) {
             Some(libc::EBUSY | libc::EEXIST) => foreign(link),
             Some(code @ (libc::EOPNOTSUPP | libc::EINVAL)) if mode == XdpMode::Driver => {
                 LoadError::NoDriverSupport {

@@ -8,8 +8,19 @@
 //!
 //! A pin is never trusted: the loader would take a map of another type or size without complaint, and the kernel would
 //! then copy as many bytes as *that* map has.
+//!
+//! ```text
+//! <bpffs>/gateway/<instance>/v<abi>/links/<interface>   attachments
+//! <bpffs>/gateway/<instance>/v<abi>/maps/<table>        tables
+//! <bpffs>/gateway/<instance>/v<abi>/staging/<table>     tables of another size, until every program uses them
+//! ```
+//!
+//! A table whose capacity is not the configured one is made anew in `staging`, filled there, and renamed over the old
+//! one when every program has been swapped. Until then nothing but the copying writes to it: a start that is cut off
+//! leaves the old table as true as the new one, and the next start begins again from the old one.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, Write as _},
@@ -60,8 +71,8 @@ pub enum PinError {
     Absent(PathBuf),
     /// Something else is pinned there.
     #[error(
-        "the pinned map {} is not what this version expects ({found}, expected {expected}): stop the gateway, remove \
-         its pins with `gateway detach`, and start it again",
+        "the pinned map {} is not what this version expects ({found}, expected {expected}), and cannot be adopted: \
+         start the version that made it, or interrupt the traffic: remove the pins with `gateway detach`, and start again",
         path.display()
     )]
     Mismatch {
@@ -135,6 +146,12 @@ impl MapSpec {
     fn shape(&self) -> Shape {
         let Self { name: _, kind, key_size, value_size, flags, max_entries } = *self;
         Shape { kind: Some(kind), key_size, value_size, flags, max_entries }
+    }
+
+    /// Whether the daemon can move the table to another capacity: nobody else writes to it. The program counts while
+    /// we would copy, so the capacity of counters belongs to the ABI.
+    fn can_move(&self) -> bool {
+        self.kind != MapType::PerCpuArray
     }
 }
 
@@ -215,12 +232,14 @@ pub mod spec {
 pub struct Pins {
     bpffs: PathBuf,
     instance: String,
+    /// Tables whose successor is in the staging directory.
+    staged: BTreeSet<&'static str>,
 }
 
 impl Pins {
     /// Paths under `bpffs`; touches nothing.
     pub fn new(bpffs: &Path, instance: &str) -> Self {
-        Self { bpffs: bpffs.to_owned(), instance: instance.to_owned() }
+        Self { bpffs: bpffs.to_owned(), instance: instance.to_owned(), staged: BTreeSet::new() }
     }
 
     /// Name of the instance.
@@ -237,9 +256,29 @@ impl Pins {
         self.directory().join(format!("v{VERSION}"))
     }
 
-    /// Path of a map.
+    /// Path of a map; of the new one while a table moves.
     pub fn map(&self, name: &str) -> PathBuf {
+        if self.staged.contains(name) { self.staging().join(name) } else { self.settled(name) }
+    }
+
+    fn settled(&self, name: &str) -> PathBuf {
         self.version().join("maps").join(name)
+    }
+
+    fn staging(&self) -> PathBuf {
+        self.version().join("staging")
+    }
+
+    /// Directories of the instance that belong to other versions of the ABI.
+    ///
+    /// # Errors
+    ///
+    /// The directory of the instance cannot be listed.
+    pub fn other_versions(&self) -> Result<Vec<PathBuf>, PinError> {
+        let own = self.version();
+        let mut others = list(&self.directory())?;
+        others.retain(|path| *path != own);
+        Ok(others)
     }
 
     /// Directory of the links.
@@ -255,28 +294,16 @@ impl Pins {
 
     /// Interfaces that have a pinned link.
     pub fn linked_interfaces(&self) -> Result<Vec<String>, PinError> {
-        let directory = self.links();
-        let fault = |source| PinError::Io { verb: "list", path: directory.clone(), source };
-        let entries = match fs::read_dir(&directory) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(fault(error)),
-        };
-        let mut names = entries
-            .map(|entry| {
-                Ok(entry
-                    .map_err(fault)?
-                    .file_name()
-                    .to_string_lossy()
-                    .replace("%2e", ".")
-                    .replace("%25", "%"))
-            })
-            .collect::<Result<Vec<_>, PinError>>()?;
+        let mut names: Vec<String> = list(&self.links())?
+            .iter()
+            .filter_map(|path| path.file_name())
+            .map(|name| name.to_string_lossy().replace("%2e", ".").replace("%25", "%"))
+            .collect();
         names.sort();
         Ok(names)
     }
 
-    /// Makes the directories, and mounts the bpffs if nobody did.
+    /// Makes the directories, mounts the bpffs if nobody did, and clears away what a start that was cut off left.
     pub fn prepare(&self) -> Result<(), PinError> {
         let bpffs = &self.bpffs;
         make_directory(bpffs)?;
@@ -291,24 +318,64 @@ impl Pins {
             })?;
         }
         make_directory(&self.version().join("maps"))?;
-        make_directory(&self.links())
+        make_directory(&self.links())?;
+        remove_tree(&self.staging()).map(drop)
     }
 
-    /// Compares every pinned map that is there with what is expected.
+    /// Compares every pinned map that is there with what is expected. From then on those that differ in capacity alone
+    /// have their successor in the staging directory: see [`Self::staged`].
     ///
     /// # Errors
     ///
-    /// The first pin that differs, with the remedy.
-    pub fn check(&self, specs: &[MapSpec]) -> Result<(), PinError> {
+    /// The first pin that differs otherwise, with the remedy.
+    pub fn check(&mut self, specs: &[MapSpec]) -> Result<(), PinError> {
         for spec in specs {
-            let path = self.map(spec.name);
-            if path.exists() {
-                let info = MapInfo::from_pin(&path)
-                    .map_err(|source| PinError::Map { path: path.clone(), source })?;
+            let path = self.settled(spec.name);
+            if !path.exists() {
+                continue;
+            }
+            let info =
+                MapInfo::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
+            let any_size = MapSpec { max_entries: info.max_entries(), ..*spec };
+            if info.max_entries() != spec.max_entries && spec.can_move() {
+                compare(&path, &info, &any_size)?;
+                self.staged.insert(spec.name);
+            } else {
                 compare(&path, &info, spec)?;
             }
         }
+        if !self.staged.is_empty() {
+            make_directory(&self.staging())?;
+        }
         Ok(())
+    }
+
+    /// Names of the tables that move.
+    pub fn staged(&self) -> &BTreeSet<&'static str> {
+        &self.staged
+    }
+
+    /// The paths as they are for somebody who does not move tables.
+    pub(super) fn without_staging(&self) -> Self {
+        Self { staged: BTreeSet::new(), ..self.clone() }
+    }
+
+    /// Puts the successors of moved tables in their places; each changes hands in one step.
+    ///
+    /// # Errors
+    ///
+    /// The first one that cannot be renamed.
+    pub fn settle(&mut self) -> Result<(), PinError> {
+        while let Some(name) = self.staged.first().copied() {
+            let path = self.map(name);
+            fs::rename(&path, self.settled(name)).map_err(|source| PinError::Io {
+                verb: "put in its place",
+                path,
+                source,
+            })?;
+            self.staged.remove(name);
+        }
+        remove_tree(&self.staging()).map(drop)
     }
 
     /// Opens a pinned map after comparing it; its capacity may be any.
@@ -347,6 +414,20 @@ fn compare(path: &Path, info: &MapInfo, spec: &MapSpec) -> Result<(), PinError> 
     } else {
         Err(PinError::Mismatch { path: path.to_owned(), found, expected })
     }
+}
+
+/// What is in a directory, sorted; nothing if there is none.
+fn list(directory: &Path) -> Result<Vec<PathBuf>, PinError> {
+    let fault = |source| PinError::Io { verb: "list", path: directory.to_owned(), source };
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(fault(error)),
+    };
+    let mut paths =
+        entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<Vec<_>, _>>().map_err(fault)?;
+    paths.sort();
+    Ok(paths)
 }
 
 fn make_directory(path: &Path) -> Result<(), PinError> {

@@ -142,6 +142,8 @@ pub struct Reconciler {
     vteps: Vteps,
     /// Some entry waits to be freed.
     orphans: bool,
+    /// What the plan does not name may exist.
+    holding: bool,
 }
 
 impl Reconciler {
@@ -159,6 +161,7 @@ impl Reconciler {
             egress: Mirror::read(tables.egress)?,
             vteps: Vteps::adopt(tables.vteps)?,
             orphans: false,
+            holding: false,
         })
     }
 
@@ -174,6 +177,35 @@ impl Reconciler {
         self.addresses.reread()?;
         self.egress.reread()?;
         self.vteps.reread()
+    }
+
+    /// While the plan may lack something that exists, entries that it does not ask for are left as they are, unless
+    /// a scope names them.
+    pub fn hold_removals(&mut self, hold: bool) {
+        self.holding = hold;
+    }
+
+    /// Entries of an earlier run that no node has claimed yet.
+    pub fn adopted(&self) -> impl Iterator<Item = (u32, &VtepSlot)> {
+        let taken: BTreeSet<u32> = self.vteps.owners.values().copied().collect();
+        self.vteps.used().filter(move |(id, _)| !taken.contains(id))
+    }
+
+    /// Gives entries of an earlier run another slot.
+    pub fn refresh(&mut self, changes: &[(u32, VtepSlot)]) -> Pass {
+        let mut faults = Faults::default();
+        self.vteps.replace(changes, &mut faults);
+        Pass { written: changes.len(), deleted: 0, problems: faults.0 }
+    }
+
+    /// The slot by which a node is reached now: that of its entry, else that of the entry of an earlier run which is
+    /// the node's. `slot` says what node it is.
+    pub fn standing(&self, key: &VtepKey, slot: &VtepSlot) -> Option<&VtepSlot> {
+        let found = match self.vteps.owners.get(key) {
+            Some(id) => self.vteps.entries.get(id).map(Vtep::slot),
+            None => self.vteps.inherited(slot),
+        };
+        found.filter(|found| found.flags.has(VtepFlags::READY) && belongs(found, slot))
     }
 
     /// The id of a node's VTEP.
@@ -222,23 +254,28 @@ impl Reconciler {
 
         let ids = &self.vteps.owners;
         let route = |key: &VtepKey| ids.get(key).copied().map(Route::to);
-        let pods = part(scope, &self.pods.entries, |c| &c.pods, &desired.pods, |k| exact(*k), route);
-        let prefixes =
+        let mut pods = part(scope, &self.pods.entries, |c| &c.pods, &desired.pods, |k| exact(*k), route);
+        let mut prefixes =
             part(scope, &self.prefixes.entries, |c| &c.prefixes, &desired.prefixes, |k| trie(*k), route);
-        let sources =
+        let mut sources =
             part(scope, &self.sources.entries, |c| &c.sources, &desired.sources, |k| exact(*k), route);
+        if self.holding && matches!(scope, Scope::Everything) {
+            pods.gone.clear();
+            prefixes.gone.clear();
+            sources.gone.clear();
+        }
         apply(&mut self.pods, pods, &mut pass, &mut faults);
         apply(&mut self.prefixes, prefixes, &mut pass, &mut faults);
         apply(&mut self.sources, sources, &mut pass, &mut faults);
 
         self.orphans |= match scope {
-            Scope::Everything => self.vteps.has_orphans(slots),
+            Scope::Everything => self.vteps.has_orphans(slots, self.holding),
             Scope::Only(changes) => changes.vteps.iter().any(|key| !slots.contains_key(key)),
         };
         if self.orphans {
             let referenced = self.referenced();
-            pass.deleted += self.vteps.release(slots, &referenced, &mut faults);
-            self.orphans = self.vteps.has_orphans(slots);
+            pass.deleted += self.vteps.release(slots, &referenced, self.holding, &mut faults);
+            self.orphans = self.vteps.has_orphans(slots, self.holding);
         }
         pass.problems = faults.0;
         pass
@@ -319,13 +356,31 @@ struct Vteps {
     table: Table<u32, Vtep>,
     entries: BTreeMap<u32, Vtep>,
     owners: BTreeMap<VtepKey, u32>,
+    /// Entries that an earlier run left, as they were found. One that has been given away since is found by what it
+    /// holds now, not by this.
+    found: BTreeMap<(u16, Ipv4), Vec<u32>>,
     last_change: Option<Instant>,
 }
 
 impl Vteps {
     fn adopt(table: Table<u32, Vtep>) -> Result<Self, TableError> {
         let entries = table.read()?;
-        Ok(Self { table, entries, owners: BTreeMap::new(), last_change: None })
+        let mut vteps =
+            Self { table, entries, owners: BTreeMap::new(), found: BTreeMap::new(), last_change: None };
+        let mut found: BTreeMap<_, Vec<u32>> = BTreeMap::new();
+        for (id, slot) in vteps.used() {
+            found.entry(identity(slot)).or_default().push(id);
+        }
+        vteps.found = found;
+        Ok(vteps)
+    }
+
+    /// The entry of an earlier run for the node that `slot` is meant for.
+    fn inherited(&self, slot: &VtepSlot) -> Option<&VtepSlot> {
+        let ids = self.found.get(&identity(slot))?;
+        ids.iter().filter_map(|id| self.entries.get(id)).map(Vtep::slot).find(|found| {
+            found.flags.has(VtepFlags::USED) && identity(found) == identity(slot) && belongs(found, slot)
+        })
     }
 
     fn reread(&mut self) -> Result<(), TableError> {
@@ -394,24 +449,29 @@ impl Vteps {
         changes.len()
     }
 
-    /// Whether an entry is used by a node that is not wanted any more.
-    fn has_orphans(&self, slots: &BTreeMap<VtepKey, VtepSlot>) -> bool {
-        self.owners.keys().any(|key| !slots.contains_key(key)) || self.used().count() > self.owners.len()
+    /// Whether an entry is used by a node that is not wanted any more; with `holding`, by one that was wanted.
+    fn has_orphans(&self, slots: &BTreeMap<VtepKey, VtepSlot>, holding: bool) -> bool {
+        self.owners.keys().any(|key| !slots.contains_key(key))
+            || (!holding && self.used().count() > self.owners.len())
     }
 
-    /// Frees the entries of nodes that are gone, unless a route that could not be deleted still names them.
+    /// Frees the entries of nodes that are gone, unless a route that could not be deleted still names them; with
+    /// `holding`, only those of nodes that this run has known.
     fn release(
         &mut self,
         slots: &BTreeMap<VtepKey, VtepSlot>,
         referenced: &BTreeSet<u32>,
+        holding: bool,
         faults: &mut Faults,
     ) -> usize {
-        let kept: BTreeSet<u32> =
-            self.owners.iter().filter(|(key, _)| slots.contains_key(key)).map(|(_, id)| *id).collect();
+        let (kept, known): (BTreeSet<u32>, BTreeSet<u32>) = (
+            self.owners.iter().filter(|(key, _)| slots.contains_key(key)).map(|(_, id)| *id).collect(),
+            self.owners.values().copied().collect(),
+        );
         let gone: Vec<(u32, VtepSlot)> = self
             .used()
             .map(|(id, _)| id)
-            .filter(|id| !kept.contains(id) && !referenced.contains(id))
+            .filter(|id| !kept.contains(id) && !referenced.contains(id) && (!holding || known.contains(id)))
             .map(|id| (id, VtepSlot::zeroed()))
             .collect();
         self.replace(&gone, faults);

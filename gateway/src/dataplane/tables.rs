@@ -49,6 +49,75 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
+/// A table cannot be moved to another size.
+#[derive(Debug, thiserror::Error)]
+pub enum MoveError {
+    /// A pin is wrong.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The table cannot be read or written.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The new size is too small for what the table holds.
+    #[error(
+        "table {table} needs room for {needed} entries, but the configuration has room for {capacity}: raise its size \
+         under [datapath], or let the daemon remove entries first; nothing was changed"
+    )]
+    TooSmall {
+        /// Name of the map.
+        table: &'static str,
+        /// Entries in use; for arrays, up to the last one in use.
+        needed: usize,
+        /// The capacity that is asked for.
+        capacity: u32,
+    },
+}
+
+/// Copies a table that is staged into its successor, which is empty; gives the number of entries. Nobody but the caller
+/// may write to either.
+///
+/// # Errors
+///
+/// See [`MoveError`].
+pub fn fill_successor(pins: &Pins, name: &str) -> Result<usize, MoveError> {
+    match name {
+        map::PODS => fill::<OverlayAddress, Route>(pins, &spec::pods()),
+        map::PREFIXES => fill::<TrieKey, Route>(pins, &spec::prefixes()),
+        map::VTEPS => fill_array::<Vtep>(pins, &spec::vteps()),
+        map::SOURCES => fill::<OverlayAddress, Route>(pins, &spec::sources()),
+        map::ADDRESSES => fill::<Ipv4, LocalAddress>(pins, &spec::addresses()),
+        map::EGRESS => fill::<u32, Egress>(pins, &spec::egress()),
+        // `Pins::check` stages no other.
+        other => unreachable!("table {other} has one size"),
+    }
+}
+
+fn fill<K: Pod + Ord, V: Pod>(pins: &Pins, spec: &MapSpec) -> Result<usize, MoveError> {
+    let entries = Table::<K, V>::open(&pins.without_staging(), spec)?.read()?;
+    copy(&Table::open(pins, spec)?, &entries.into_iter().collect::<Vec<_>>(), <[_]>::len)
+}
+
+/// An array has every entry from the start: those that are in use are copied.
+fn fill_array<V: Pod + PartialEq>(pins: &Pins, spec: &MapSpec) -> Result<usize, MoveError> {
+    let entries = Table::<u32, V>::open(&pins.without_staging(), spec)?.read()?;
+    let used: Vec<_> = entries.into_iter().filter(|(_, value)| *value != V::zeroed()).collect();
+    let needed = |entries: &[(u32, V)]| entries.last().map_or(0, |(index, _)| *index as usize + 1);
+    copy(&Table::open(pins, spec)?, &used, needed)
+}
+
+fn copy<K: Pod + Ord, V: Pod>(
+    successor: &Table<K, V>,
+    entries: &[(K, V)],
+    needed: impl Fn(&[(K, V)]) -> usize,
+) -> Result<usize, MoveError> {
+    let (needed, capacity) = (needed(entries), successor.capacity());
+    if needed > capacity as usize {
+        return Err(MoveError::TooSmall { table: successor.name(), needed, capacity });
+    }
+    successor.write(entries).map_err(|(_, error)| error)?;
+    Ok(entries.len())
+}
+
 /// A table of `V` by `K`.
 #[derive(Debug)]
 pub struct Table<K, V> {

@@ -36,8 +36,20 @@ use crate::config::Config;
 pub enum NextHop {
     /// Everything is known.
     Ready(ReadyHop),
-    /// Something is missing: what, for people.
+    /// The kernel has not told yet: what is waited for, for people. Says nothing against what was known before.
+    Pending(String),
+    /// The endpoint cannot be reached: why, for people.
     Unresolved(String),
+}
+
+impl NextHop {
+    /// Why packets cannot be sent there, for people; `None` if they can.
+    pub fn obstacle(&self) -> Option<&str> {
+        match self {
+            Self::Ready(_) => None,
+            Self::Pending(reason) | Self::Unresolved(reason) => Some(reason),
+        }
+    }
 }
 
 /// A resolved next hop.
@@ -69,7 +81,13 @@ pub struct Path {
 /// The kernel's routing decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Route {
-    Unicast { ifindex: u32, gateway: Option<Ipv4Addr>, mtu: Option<u32> },
+    Unicast {
+        ifindex: u32,
+        gateway: Option<Ipv4Addr>,
+        mtu: Option<u32>,
+    },
+    /// The kernel could not be asked.
+    Unknown(String),
     Unusable(String),
 }
 
@@ -155,7 +173,7 @@ impl Underlay {
             .iter()
             .filter_map(|(path, route)| match route {
                 Route::Unicast { ifindex, gateway, .. } => Some((*ifindex, gateway.unwrap_or(path.endpoint))),
-                Route::Unusable(_) => None,
+                Route::Unknown(_) | Route::Unusable(_) => None,
             })
             .collect()
     }
@@ -186,17 +204,16 @@ impl Underlay {
 
     /// The next hop of a tunnel.
     pub fn next_hop(&self, path: Path, host: &Host, config: &Config) -> NextHop {
-        match self.ready(path, host, config) {
-            Ok(hop) => NextHop::Ready(hop),
-            Err(reason) => NextHop::Unresolved(reason),
-        }
+        self.ready(path, host, config).unwrap_or_else(NextHop::Unresolved)
     }
 
-    fn ready(&self, path: Path, host: &Host, config: &Config) -> Result<ReadyHop, String> {
+    /// Ready or pending, or why neither.
+    fn ready(&self, path: Path, host: &Host, config: &Config) -> Result<NextHop, String> {
         let (ifindex, gateway, metric) = match self.routes.get(&path) {
             Some(Route::Unicast { ifindex, gateway, mtu }) => (*ifindex, *gateway, *mtu),
+            Some(Route::Unknown(reason)) => return Ok(NextHop::Pending(reason.clone())),
             Some(Route::Unusable(reason)) => return Err(reason.clone()),
-            None => return Err("not looked up yet".to_owned()),
+            None => return Ok(NextHop::Pending("not looked up yet".to_owned())),
         };
         let link = host
             .links
@@ -221,16 +238,19 @@ impl Underlay {
             Some(Neighbour { failed: true, .. }) => {
                 return Err(format!("{what} {next} does not answer ARP on {}", link.name));
             }
-            _ => return Err(format!("waiting for {what} {next} to answer ARP on {}", link.name)),
+            _ => {
+                let reason = format!("waiting for {what} {next} to answer ARP on {}", link.name);
+                return Ok(NextHop::Pending(reason));
+            }
         };
-        Ok(ReadyHop {
+        Ok(NextHop::Ready(ReadyHop {
             ifindex: port.index,
             vlan,
             source,
             destination,
             mtu: metric.map_or(link.mtu, |metric| metric.min(link.mtu)),
             on_link: gateway.is_none(),
-        })
+        }))
     }
 }
 
@@ -243,13 +263,16 @@ async fn route(handle: &Handle, path: Path) -> Route {
     match answer.map_err(NetlinkError::new("look up the route")) {
         Ok(Some(message)) => decision(path, &message),
         Ok(None) => Route::Unusable(format!("no route to {}", path.endpoint)),
-        Err(error) => Route::Unusable(match error.errno() {
-            Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => format!("no route to {}", path.endpoint),
-            Some(libc::EINVAL) => {
-                format!("{} is no address of this host, or its interface is down", path.local)
+        Err(error) => match error.errno() {
+            Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => {
+                Route::Unusable(format!("no route to {}", path.endpoint))
             }
-            _ => error.to_string(),
-        }),
+            Some(libc::EINVAL) => Route::Unusable(format!(
+                "{} is no address of this host, or its interface is down",
+                path.local
+            )),
+            _ => Route::Unknown(error.to_string()),
+        },
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod device;
 mod programs;
+mod restart;
 mod sandbox;
 mod tables;
 mod underlay;

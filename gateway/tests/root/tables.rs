@@ -22,7 +22,7 @@ use gateway_common::{
 
 use crate::sandbox::{config, isolated, sh};
 
-fn prepare(config: &Config) -> Tables {
+pub(crate) fn prepare(config: &Config) -> Tables {
     let programs =
         Programs::prepare(Pins::new(&config.datapath.bpffs, &config.instance), &config.datapath).unwrap();
     programs.create_tables().unwrap();
@@ -100,16 +100,7 @@ fn pins_are_compared_before_they_are_used() {
         prepare(&config);
         assert_eq!(id(), before, "the second load adopts the maps");
 
-        let mut larger = config.clone();
-        larger.datapath.max_pods = 30_000;
         let pins = || Pins::new(bpffs, "test");
-        let error = Programs::prepare(pins(), &larger.datapath).unwrap_err();
-        let text = error.to_string();
-        assert!(matches!(error, LoadError::Pin(PinError::Mismatch { .. })), "{text}");
-        for word in ["/v1/maps/PODS", "20000 entries", "30000 entries", "gateway detach"] {
-            assert!(text.contains(word), "{word} in: {text}");
-        }
-
         // Another type under the right name.
         let pods = pins().map("PODS");
         std::fs::remove_file(&pods).unwrap();
@@ -117,16 +108,17 @@ fn pins_are_compared_before_they_are_used() {
             "bpftool map create {} type array key 4 value 8 entries 20000 name PODS",
             pods.display()
         ));
-        assert!(matches!(
-            Programs::prepare(pins(), &config.datapath),
-            Err(LoadError::Pin(PinError::Mismatch { .. }))
-        ));
+        let error = Programs::prepare(pins(), &config.datapath).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, LoadError::Pin(PinError::Mismatch { .. })), "{text}");
+        for word in ["/v1/maps/PODS", "Array", "Hash", "gateway detach"] {
+            assert!(text.contains(word), "{word} in: {text}");
+        }
         assert!(matches!(Tables::open(&pins()), Err(PinError::Mismatch { .. })));
 
         assert!(pins().remove().unwrap());
         assert!(!pins().directory().exists());
         assert!(!pins().remove().unwrap());
-        prepare(&larger);
     });
 }
 
@@ -142,7 +134,7 @@ fn one_daemon_for_each_instance() {
     std::fs::remove_dir_all(run_directory(&name)).unwrap();
 }
 
-fn key(node: &str) -> VtepKey {
+pub(crate) fn key(node: &str) -> VtepKey {
     VtepKey { overlay: 0, node: Arc::from(node) }
 }
 
@@ -155,7 +147,7 @@ fn spec(octet: u8) -> VtepSpec {
 }
 
 /// Nodes with one pod and one prefix each.
-fn cluster(nodes: &[(&str, u8)]) -> Desired {
+pub(crate) fn cluster(nodes: &[(&str, u8)]) -> Desired {
     let mut desired = Desired::default();
     for (name, octet) in nodes {
         desired.vteps.insert(key(name), spec(*octet));
@@ -166,13 +158,13 @@ fn cluster(nodes: &[(&str, u8)]) -> Desired {
     desired
 }
 
-fn slots(config: &Config, desired: &Desired, hop: &NextHop) -> BTreeMap<VtepKey, VtepSlot> {
+pub(crate) fn slots(config: &Config, desired: &Desired, hop: &NextHop) -> BTreeMap<VtepKey, VtepSlot> {
     let slot =
         |(key, vtep): (&VtepKey, &VtepSpec)| (key.clone(), template::slot(0, &config.overlays[0], vtep, hop));
     desired.vteps.iter().map(slot).collect()
 }
 
-fn hop(octet: u8) -> NextHop {
+pub(crate) fn hop(octet: u8) -> NextHop {
     NextHop::Ready(ReadyHop {
         ifindex: 2,
         vlan: None,

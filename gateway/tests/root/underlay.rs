@@ -68,15 +68,12 @@ impl Rig {
 fn ready(hop: &NextHop) -> ReadyHop {
     match hop {
         NextHop::Ready(hop) => *hop,
-        NextHop::Unresolved(reason) => panic!("unresolved: {reason}"),
+        other => panic!("not ready: {other:?}"),
     }
 }
 
 fn reason(hop: &NextHop) -> &str {
-    match hop {
-        NextHop::Ready(hop) => panic!("{hop:?}"),
-        NextHop::Unresolved(reason) => reason,
-    }
+    hop.obstacle().unwrap_or_else(|| panic!("{hop:?}"))
 }
 
 /// A node in another namespace behind `und`.
@@ -100,9 +97,9 @@ fn neighbours_are_resolved_without_traffic_and_followed() {
         assert_eq!((hop.mtu, hop.on_link, hop.vlan), (1500, true, None));
         assert!(sh("ip neigh show 172.16.2.10").contains("managed"));
 
-        // Somebody deletes the entry: it is asked for again.
+        // Somebody deletes the entry: it is asked for again, and nothing says that it is unreachable.
         sh("ip neigh del 172.16.2.10 dev und");
-        rig.until(NODE, |hop| matches!(hop, NextHop::Unresolved(_))).await;
+        rig.until(NODE, |hop| matches!(hop, NextHop::Pending(_))).await;
         rig.until(NODE, |hop| matches!(hop, NextHop::Ready(_))).await;
 
         // The node's address moves to another card.

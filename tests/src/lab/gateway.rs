@@ -97,10 +97,38 @@ impl Gateway {
         self.process.stop(Signal::SIGTERM, Duration::from_secs(5))
     }
 
-    /// Starts the daemon again after [`Self::stop`].
+    /// Ends the daemon as a crash does.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.process.stop(Signal::SIGKILL, Duration::from_secs(5))
+    }
+
+    /// Starts the daemon again after [`Self::stop`] or [`Self::kill`].
     pub fn restart(&mut self, host: &Host) -> Result<()> {
         self.process = host.spawn(&command(&self.program, &self.config, &["run"])?)?;
         self.wait_attached(host)
+    }
+
+    /// From the next start on the daemon is this program.
+    pub fn set_program(&mut self, program: &Path) {
+        program.clone_into(&mut self.program);
+    }
+
+    /// Waits until the running daemon has brought everything up to date: its own programs are attached, the source has
+    /// been read, every node is reached.
+    pub fn wait_settled(&mut self, host: &Host) -> Result<()> {
+        wait_until("the gateway settles", START, || {
+            if let Some(status) = self.process.ended()? {
+                bail!("the gateway ended ({status}):\n{}", self.process.output()?);
+            }
+            let output = host.output(&command(&self.program, &self.config, &["status", "--json"])?)?;
+            let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            let daemon = &status["daemon"];
+            let settled = daemon["pid"] == self.process.id()
+                && daemon["source"]["synchronised"] == true
+                && status["vteps_unresolved"] == 0;
+            Ok(settled.then_some(()))
+        })
+        .with_context(|| format!("log: {}", self.process.log().display()))
     }
 
     /// Process id of the daemon.
@@ -148,6 +176,12 @@ pub fn program() -> Result<PathBuf> {
 pub fn attached(host: &Host, interface: &str) -> Result<bool> {
     let links: Value = serde_json::from_str(&host.run(&["ip", "-json", "link", "show", "dev", interface])?)?;
     Ok(links[0].get("xdp").is_some())
+}
+
+/// Id of the XDP program on the interface.
+pub fn attached_program(host: &Host, interface: &str) -> Result<u64> {
+    let links: Value = serde_json::from_str(&host.run(&["ip", "-json", "link", "show", "dev", interface])?)?;
+    links[0]["xdp"]["prog"]["id"].as_u64().with_context(|| format!("no XDP program on {interface}"))
 }
 
 /// The words of a call of the gateway.

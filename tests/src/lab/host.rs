@@ -236,7 +236,7 @@ impl Host {
     }
 
     /// A new file for evidence; its name begins with the host's.
-    fn evidence_file(&self, name: &str) -> PathBuf {
+    pub(super) fn evidence_file(&self, name: &str) -> PathBuf {
         let number = self.files.fetch_add(1, Ordering::Relaxed);
         self.evidence.join(format!("{}-{number}-{name}", self.name))
     }

@@ -3,6 +3,8 @@
 //! - [`Flannel`]: the topology of the main job.
 //! - [`Host`]: what one can do on a host: run commands, capture, inject frames, open sockets.
 //! - [`traffic`]: ping, iperf3, HTTP and their results.
+//! - [`stream`]: numbered datagrams at a constant rate, each accounted for.
+//! - [`traced`]: a program that dies between two of its system calls.
 //! - [`frames`]: frames built by hand, right and wrong.
 //! - [`Gateway`]: the gateway under test.
 //! - [`registry`]: how labs end.
@@ -23,6 +25,8 @@ pub mod pass;
 pub mod process;
 pub mod registry;
 pub mod standing;
+pub mod stream;
+pub mod traced;
 pub mod traffic;
 pub mod wiring;
 

@@ -320,6 +320,19 @@ fn other_ports_of_the_vtep_address_are_the_kernels() {
 }
 
 /// flannel's DirectRouting: pods of on-link nodes answer with plain IP.
+/// Another host of the underlay pretends to be a pod.
+#[test]
+fn plain_from_somebody_else() {
+    let mut tables = gateway();
+    let mut entry = slot(NODE, 0, false);
+    entry.flags = entry.flags.with(VtepFlags::DIRECT);
+    tables.vteps.insert(NODE_ID, vtep(entry));
+    let frame = ethernet(NIC, [0x52, 0x54, 0, 0, 0, 0x66], 0x0800, &udp(POD, CLIENT, 64, 0, (80, 5555), b"plain"));
+    assert_eq!(outcome(&tables, &frame), Outcome::DirectSource);
+    tables.config.overlays[0].flags = OverlayFlags::NONE;
+    assert_eq!(outcome(&tables, &frame), Outcome::DirectIn);
+}
+
 #[rstest]
 #[case::direct_node(VtepFlags::DIRECT, POD, Outcome::DirectIn)]
 #[case::tunnelled_node(VtepFlags::default(), POD, Outcome::NoRoute)]

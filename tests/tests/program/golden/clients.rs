@@ -1,6 +1,6 @@
 //! From clients to pods: through the tunnel, or plain to nodes that are reached directly; and back from those.
 
-use gateway_common::abi::Outcome;
+use gateway_common::{abi::Outcome, wire::Mac};
 
 use crate::{
     case::Case,
@@ -189,6 +189,12 @@ pub(super) fn direct(world: &World) -> Vec<Case> {
             Outcome::DirectIn,
             from.ip(&back(rig::CLIENT_SAME_PORT)),
             Link::new(rig::CLIENT_SAME_PORT_MAC, world.ports.own.mac).ip(&back(rig::CLIENT_SAME_PORT).hop()),
+        ),
+        // Another host of the underlay says it is a pod.
+        Case::drop(
+            "direct-return-other-host",
+            Outcome::DirectSource,
+            Link::new(world.ports.own.mac, Mac::new([0x52, 0x54, 0, 0, 0, 0x66])).ip(&back(CLIENT)),
         ),
         // Not underlay: it is a client that says it is a pod.
         Case::pass(

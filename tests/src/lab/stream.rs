@@ -1,0 +1,205 @@
+//! A constant stream of numbered datagrams, and an account of every one of them.
+//!
+//! The sender keeps a rate and never hurries to catch up: what a busy machine makes it miss is not sent. A veth device
+//! with an XDP program queues 256 frames, so a burst would be lost in the lab itself. The receiver has room for
+//! several seconds of the stream and notes each number.
+
+use std::{
+    io::ErrorKind,
+    net::{SocketAddrV4, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::host::Host;
+
+/// Datagrams sent in a row at most.
+const BURST: u64 = 32;
+/// Time between two looks of sender and receiver.
+const TICK: Duration = Duration::from_micros(250);
+/// How far the sender may fall behind before it gives up what it missed.
+const LAG: Duration = Duration::from_millis(1);
+const PAYLOAD: usize = 32;
+const RECEIVE_BUFFER: usize = 256 << 20;
+/// After so long without a datagram the rest is lost.
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// What became of a stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    /// Datagrams sent.
+    pub sent: u64,
+    /// Different datagrams received.
+    pub received: u64,
+    /// Datagrams received again.
+    pub duplicated: u64,
+    /// Datagrams received after one with a higher number.
+    pub overtaken: u64,
+    /// Time from the first to the last one sent.
+    pub duration: Duration,
+}
+
+impl Account {
+    /// Datagrams sent and never received.
+    pub fn lost(&self) -> u64 {
+        self.sent - self.received
+    }
+
+    /// Datagrams per second.
+    pub fn rate(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "far fewer than 2^52 datagrams")]
+        let sent = self.sent as f64;
+        sent / self.duration.as_secs_f64().max(f64::EPSILON)
+    }
+}
+
+/// A stream that runs until [`Self::finish`].
+#[derive(Debug)]
+pub struct Stream {
+    over: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    sender: JoinHandle<Result<Duration>>,
+    receiver: JoinHandle<Result<Received>>,
+}
+
+impl Stream {
+    /// Sends `rate` datagrams per second from `port` at one host to the same port at the other one.
+    pub fn start(from: &Host, to: &Host, interface: &str, port: u16, rate: u32) -> Result<Self> {
+        let (source, destination) = (from.address(interface)?, to.address(interface)?);
+        let outlet = from.udp(source, port)?;
+        outlet.connect(SocketAddrV4::new(destination, port))?;
+        let inlet = to.udp(destination, port)?;
+        inlet.connect(SocketAddrV4::new(source, port))?;
+        inlet.set_nonblocking(true)?;
+        setsockopt(&inlet, sockopt::RcvBufForce, &RECEIVE_BUFFER)
+            .context("cannot enlarge a socket buffer")?;
+        let (over, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (ended, count) = (Arc::clone(&over), Arc::clone(&sent));
+        let sender = thread::spawn(move || send(&outlet, rate, &ended, &count));
+        let (ended, count) = (Arc::clone(&over), Arc::clone(&sent));
+        let receiver = thread::spawn(move || receive(&inlet, &ended, &count));
+        Ok(Self { over, sent, sender, receiver })
+    }
+
+    /// Datagrams sent so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Acquire)
+    }
+
+    /// Ends the stream, and waits for what is under way.
+    pub fn finish(self) -> Result<Account> {
+        self.over.store(true, Ordering::Release);
+        let join = |_| anyhow!("a thread of the stream panicked");
+        let duration = self.sender.join().map_err(join)??;
+        let received = self.receiver.join().map_err(join)??;
+        Ok(Account {
+            sent: self.sent.load(Ordering::Acquire),
+            received: received.different,
+            duplicated: received.duplicated,
+            overtaken: received.overtaken,
+            duration,
+        })
+    }
+}
+
+fn send(socket: &UdpSocket, rate: u32, over: &AtomicBool, sent: &AtomicU64) -> Result<Duration> {
+    let interval = Duration::from_secs(1) / rate;
+    let start = Instant::now();
+    let mut due = start;
+    let mut number = 0_u64;
+    let mut payload = [0; PAYLOAD];
+    while !over.load(Ordering::Acquire) {
+        let now = Instant::now();
+        due = due.max(now.checked_sub(LAG).unwrap_or(now));
+        let mut burst = 0;
+        while due <= now && burst < BURST {
+            payload[..8].copy_from_slice(&number.to_be_bytes());
+            socket.send(&payload).context("cannot send a datagram of the stream")?;
+            number += 1;
+            burst += 1;
+            due += interval;
+            sent.store(number, Ordering::Release);
+        }
+        if due > now {
+            thread::sleep(TICK);
+        }
+    }
+    Ok(start.elapsed())
+}
+
+#[derive(Debug, Default)]
+struct Received {
+    seen: Vec<u64>,
+    highest: Option<u64>,
+    different: u64,
+    duplicated: u64,
+    overtaken: u64,
+}
+
+impl Received {
+    fn take(&mut self, number: u64) -> Result<()> {
+        let (word, bit) = (usize::try_from(number / 64)?, 1 << (number % 64));
+        if word >= self.seen.len() {
+            self.seen.resize(word + 1, 0);
+        }
+        if self.seen[word] & bit != 0 {
+            self.duplicated += 1;
+            return Ok(());
+        }
+        self.seen[word] |= bit;
+        self.different += 1;
+        if self.highest.is_some_and(|highest| number < highest) {
+            self.overtaken += 1;
+        } else {
+            self.highest = Some(number);
+        }
+        Ok(())
+    }
+}
+
+fn receive(socket: &UdpSocket, over: &AtomicBool, sent: &AtomicU64) -> Result<Received> {
+    let mut received = Received::default();
+    let mut payload = [0; PAYLOAD];
+    let mut last = Instant::now();
+    loop {
+        match socket.recv(&mut payload) {
+            Ok(length) => {
+                anyhow::ensure!(length == PAYLOAD, "the stream carries a datagram of {length} bytes");
+                let number = payload[..8].try_into().map(u64::from_be_bytes)?;
+                received.take(number)?;
+                last = Instant::now();
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let complete = received.different == sent.load(Ordering::Acquire);
+                if over.load(Ordering::Acquire) && (complete || last.elapsed() > SILENCE) {
+                    return Ok(received);
+                }
+                thread::sleep(TICK);
+            }
+            Err(error) => return Err(error).context("cannot receive the stream"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accounts_for_every_number() {
+        let mut received = Received::default();
+        for number in [0, 1, 3, 2, 3, 200] {
+            received.take(number).unwrap();
+        }
+        assert_eq!((received.different, received.duplicated, received.overtaken), (5, 1, 1));
+        let account = Account { sent: 201, received: received.different, ..Account::default() };
+        assert_eq!(account.lost(), 196);
+    }
+}

@@ -1,0 +1,136 @@
+//! Kills a program between two system calls of its choice, as a power failure would stop it.
+//!
+//! The program runs under ptrace(2). Calls that change something outside of the process are counted on entry, over all
+//! threads; instead of the N-th one the process dies.
+
+use std::{
+    fs::File,
+    os::unix::process::CommandExt as _,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    sys::{
+        ptrace,
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+
+use super::host::Host;
+
+/// Calls that change what outlives a process: maps, programs, links, pins, files, netlink.
+const CHANGING: [(libc::c_long, &str); 16] = [
+    (libc::SYS_bpf, "bpf"),
+    (libc::SYS_openat, "openat"),
+    (libc::SYS_write, "write"),
+    (libc::SYS_pwrite64, "pwrite64"),
+    (libc::SYS_ftruncate, "ftruncate"),
+    (libc::SYS_flock, "flock"),
+    (libc::SYS_mkdir, "mkdir"),
+    (libc::SYS_rmdir, "rmdir"),
+    (libc::SYS_rename, "rename"),
+    (libc::SYS_renameat2, "renameat2"),
+    (libc::SYS_unlink, "unlink"),
+    (libc::SYS_unlinkat, "unlinkat"),
+    (libc::SYS_mount, "mount"),
+    (libc::SYS_sendto, "sendto"),
+    (libc::SYS_sendmsg, "sendmsg"),
+    (libc::SYS_close, "close"),
+];
+const POLL: Duration = Duration::from_micros(100);
+
+/// How a traced run came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Changing calls that were let through.
+    pub calls: usize,
+    /// The call that was not made any more; `None` if time ran out, or the program ended by itself.
+    pub instead_of: Option<&'static str>,
+}
+
+/// Runs a command on a host until its `last`-th changing call, or for at most `limit`, and kills it there.
+///
+/// # Errors
+/// When the command cannot be started or traced.
+pub fn run_until(host: &Host, command: &[String], last: usize, limit: Duration) -> Result<End> {
+    let (program, arguments) = command.split_first().context("empty command")?;
+    let log = host.evidence_file("traced.log");
+    let file = File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
+    // A process is traced by the thread that made it.
+    host.namespace().enter(|| {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file.try_clone()?);
+        // SAFETY: ptrace(2) is one system call, and touches no memory of the process.
+        unsafe {
+            command.pre_exec(|| Ok(ptrace::traceme()?));
+        }
+        let child = command.spawn().with_context(|| format!("cannot run {program}"))?;
+        let pid = Pid::from_raw(i32::try_from(child.id())?);
+        let end = trace(pid, last, limit);
+        // However tracing ended, nothing of it may live on. Its threads are reaped by their tracer, one by one.
+        let _ = kill(pid, Signal::SIGKILL);
+        while waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD)).is_ok() {}
+        end.with_context(|| format!("log: {}", log.display()))
+    })
+}
+
+fn trace(pid: Pid, last: usize, limit: Duration) -> Result<End> {
+    let ours = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD | WaitPidFlag::WNOHANG;
+    let start = Instant::now();
+    // The stop at the end of exec.
+    waitpid(pid, Some(WaitPidFlag::__WALL)).context("cannot wait for the traced program")?;
+    let options = ptrace::Options::PTRACE_O_TRACECLONE
+        | ptrace::Options::PTRACE_O_TRACESYSGOOD
+        | ptrace::Options::PTRACE_O_EXITKILL;
+    ptrace::setoptions(pid, options).context("cannot trace")?;
+    ptrace::syscall(pid, None).context("cannot trace")?;
+    let mut calls = 0;
+    while start.elapsed() < limit {
+        let status = match waitpid(None, Some(ours)) {
+            Ok(WaitStatus::StillAlive) => {
+                thread::sleep(POLL);
+                continue;
+            }
+            Ok(status) => status,
+            Err(errno) => bail!("cannot wait for the traced program: {errno}"),
+        };
+        let (stopped, signal) = match status {
+            WaitStatus::PtraceSyscall(thread) => {
+                if let Some(name) = entering(thread) {
+                    calls += 1;
+                    if calls == last {
+                        return Ok(End { calls: calls - 1, instead_of: Some(name) });
+                    }
+                }
+                (thread, None)
+            }
+            // The first stop of a new thread is not a signal to it.
+            WaitStatus::Stopped(thread, Signal::SIGSTOP) | WaitStatus::PtraceEvent(thread, _, _) => {
+                (thread, None)
+            }
+            WaitStatus::Stopped(thread, signal) => (thread, Some(signal)),
+            WaitStatus::Exited(gone, _) | WaitStatus::Signaled(gone, _, _) if gone == pid => break,
+            _ => continue,
+        };
+        // A thread that died meanwhile needs no going on.
+        let _ = ptrace::syscall(stopped, signal);
+    }
+    Ok(End { calls, instead_of: None })
+}
+
+/// The name of the changing call that a stopped thread is about to make.
+fn entering(thread: Pid) -> Option<&'static str> {
+    let info = ptrace::syscall_info(thread).ok()?;
+    if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
+        return None;
+    }
+    // SAFETY: at an entry the kernel has filled in this member.
+    let number = unsafe { info.u.entry.nr };
+    let number = libc::c_long::try_from(number).ok()?;
+    CHANGING.iter().find(|(changing, _)| *changing == number).map(|(_, name)| *name)
+}
