@@ -4,7 +4,9 @@
 //! - [`config`]: the one TOML file, validated as a whole.
 //! - [`cluster`]: sources of Kubernetes objects, and what flannel wrote on them.
 //! - [`plan`]: pure: objects to the tables that should be.
-//! - [`kernel`]: facts of this host (links, addresses, next hops) by rtnetlink, and the kernel's tunnel device.
+//! - [`kernel`]: facts of this host (links, addresses, next hops) by rtnetlink, and the slow path: the kernel's tunnel
+//!   device, firewall and settings.
+//! - [`modes`]: what the kernel alone lacks.
 //! - [`dataplane`]: the BPF object: load, pin, attach, and the reconciler that makes the maps equal to the plan.
 //! - [`daemon`]: the loop that joins them, and the state that it publishes.
 //! - [`cli`]: one file for each verb.
@@ -15,4 +17,5 @@ pub mod config;
 pub mod daemon;
 pub mod dataplane;
 pub mod kernel;
+pub mod modes;
 pub mod plan;

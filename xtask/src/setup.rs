@@ -17,7 +17,7 @@ use crate::process::{capture, cargo, find, run as execute, workspace};
 const LINKER_VERSION: &str = include_str!("../../gateway-ebpf/bpf-linker.version");
 
 /// Debian packages, each with a program by which it is recognised.
-const PACKAGES: [(&str, &str); 9] = [
+const PACKAGES: [(&str, &str); 10] = [
     ("bpftool", "bpftool"),
     ("curl", "curl"),
     ("ethtool", "ethtool"),
@@ -27,6 +27,7 @@ const PACKAGES: [(&str, &str); 9] = [
     ("nftables", "nft"),
     ("procps", "sysctl"),
     ("tcpdump", "tcpdump"),
+    ("traceroute", "traceroute"),
 ];
 
 const BPFFS: &str = "/sys/fs/bpf";

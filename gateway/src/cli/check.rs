@@ -2,6 +2,7 @@
 
 mod ethtool;
 mod host;
+mod slow_path;
 mod system;
 
 use std::{fmt::Write as _, process::ExitCode, time::Duration};
@@ -96,8 +97,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             ));
             findings.extend(manifests(&config));
             findings.extend(system::findings(Some(&config)));
-            let host = runtime()?.block_on(async { anyhow::Ok(Host::read(&netlink::connect()?).await?) })?;
+            let runtime = runtime()?;
+            let host = runtime.block_on(async { anyhow::Ok(Host::read(&netlink::connect()?).await?) })?;
             findings.extend(host::findings(&config, &host));
+            findings.extend(runtime.block_on(slow_path::findings(&config, &host)));
         }
         Err(problems) => {
             findings.extend(problems.0.into_iter().map(|problem| {

@@ -12,8 +12,11 @@ use crate::{
     dataplane::pins::{InstanceLock, Pins},
     kernel::{
         device::{self, Device},
+        firewall::{self, table_name},
         host::Host,
-        netlink, underlay,
+        netlink,
+        sysctl::Settings,
+        underlay,
     },
 };
 
@@ -63,7 +66,8 @@ impl Target {
     }
 }
 
-/// Removes the programs, the tables and the kernel devices of an instance that does not run. A configuration that is
+/// Removes the programs, the tables, the kernel devices and the firewall of an instance that does not run, and puts
+/// kernel settings back. A configuration that is
 /// absent or invalid is in nobody's way if the instance is named.
 ///
 /// # Errors
@@ -77,7 +81,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // A device of an overlay that is not in the configuration is known by what the daemon left written.
     let left = Report::read(&target.instance).ok().flatten().map(|report| report.devices).unwrap_or_default();
     let removed = pins.remove()?;
-    let mut devices = 0;
+    let (mut devices, mut firewall) = (0, false);
     runtime()?.block_on(async {
         let handle = netlink::connect()?;
         for overlay in &target.overlays {
@@ -88,12 +92,21 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
         let names: BTreeSet<String> = target.interfaces.iter().chain(&interfaces).cloned().collect();
         underlay::release(&handle, &Host::read(&handle).await?, &names).await?;
+        // Last: until here it protects what is there.
+        firewall = firewall::remove(&target.instance).await?;
         anyhow::Ok(())
     })?;
+    let restored = Settings::open(&target.instance)?.restore()?;
     Report::remove(&target.instance)?;
-    if removed || devices > 0 {
+    for (key, change) in &restored {
+        lines(&format!("{key} restored from {} to {}", change.new, change.old))?;
+    }
+    if removed || devices > 0 || firewall || !restored.is_empty() {
         let names = if interfaces.is_empty() { "no interface".to_owned() } else { interfaces.join(", ") };
         lines(&format!("detached from {names}; tables removed; {devices} kernel devices removed"))?;
+        if firewall {
+            lines(&format!("nftables table inet {} removed", table_name(&target.instance)))?;
+        }
     } else {
         lines("nothing to remove")?;
     }

@@ -1,8 +1,8 @@
 //! `gateway status`: is it running, attached, synchronised, and are the nodes reachable?
 
-use std::{fmt::Write as _, process::ExitCode};
+use std::{collections::BTreeMap, fmt::Write as _, process::ExitCode};
 
-use clap::Args as ClapArgs;
+use clap::{Args as ClapArgs, ValueEnum as _};
 use gateway_common::abi::{Roles, VtepFlags, VtepSlot};
 use serde::Serialize;
 
@@ -12,14 +12,20 @@ use super::{
     runtime,
 };
 use crate::{
-    config::{Config, Location},
+    config::{Config, Location, XdpMode},
     daemon::report::{Report, SourceReport, VtepReport, now},
     dataplane::{
         load::program_name,
         pins::{InstanceLock, PinError, Pins},
         tables::Tables,
     },
-    kernel::{host::Host, netlink},
+    kernel::{
+        firewall::{self, FirewallStatus},
+        host::Host,
+        netlink,
+        sysctl::{Change, Key, Settings},
+    },
+    modes::{Lack, OFF},
 };
 
 /// Arguments of `status`.
@@ -45,6 +51,14 @@ struct Status {
     interfaces: Vec<InterfaceStatus>,
     /// Tables; empty if nothing is pinned.
     tables: Vec<TableStatus>,
+    /// How the program is configured to be attached, or `off`.
+    xdp_mode: String,
+    /// What the kernel alone does differently; empty unless the mode is `off`.
+    differences: &'static [Lack],
+    /// The firewall's table; absent if there is none.
+    firewall: Option<FirewallStatus>,
+    /// Kernel settings that this gateway changed.
+    settings: BTreeMap<Key, Change>,
     /// VTEPs that are ready for traffic, from the tables.
     vteps_ready: usize,
     /// VTEPs that are not.
@@ -129,6 +143,15 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
     let pins = Pins::new(&config.datapath.bpffs, &config.instance);
     let host = runtime()?.block_on(async { anyhow::Ok(Host::read(&netlink::connect()?).await?) })?;
     let mut problems = Vec::new();
+    let firewall = runtime()?.block_on(firewall::status(&config.instance)).unwrap_or_else(|error| {
+        problems.push(error.to_string());
+        None
+    });
+    if firewall.is_none() {
+        problems.push("there is no firewall: `gateway run` makes it".to_owned());
+    }
+    let settings = Settings::open(&config.instance)?.changed().clone();
+    let off = config.datapath.xdp_mode == XdpMode::Off;
 
     let report = running_report(config, &mut problems);
     let interfaces = interfaces(config, &host, &pins, report.is_some(), &mut problems)?;
@@ -138,6 +161,14 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
         daemon: None,
         interfaces,
         tables: Vec::new(),
+        xdp_mode: config
+            .datapath
+            .xdp_mode
+            .to_possible_value()
+            .map_or_else(String::new, |mode| mode.get_name().to_owned()),
+        differences: if off { OFF } else { &[] },
+        firewall,
+        settings,
         vteps_ready: 0,
         vteps_unresolved: 0,
         unresolved: Vec::new(),
@@ -216,7 +247,7 @@ fn interfaces(
             None if running => {}
             None => problems.push(format!("interface {} does not exist", interface.name)),
             Some(link) if !link.up => problems.push(format!("interface {} is down", interface.name)),
-            Some(_) if !ours => {
+            Some(_) if !ours && config.datapath.xdp_mode != XdpMode::Off => {
                 problems.push(format!("no program of this gateway is on interface {}", interface.name));
             }
             Some(_) => {}
@@ -292,6 +323,7 @@ fn print(status: &Status) -> anyhow::Result<()> {
                 match (row.ifindex, row.up, row.ours) {
                     (None, ..) => "absent",
                     (_, false, _) => "down",
+                    (_, _, false) if status.xdp_mode == "off" => "kernel",
                     (_, _, false) => "not attached",
                     _ => "attached",
                 }
@@ -307,6 +339,7 @@ fn print(status: &Status) -> anyhow::Result<()> {
             .iter()
             .map(|row| [row.name.to_owned(), row.entries.to_string(), row.capacity.to_string()]),
     )?;
+    print_slow_path(status)?;
     for vtep in &status.unresolved {
         let reason = vtep.unresolved.as_deref().unwrap_or_default();
         lines(&format!("\nnode {} ({}) cannot be reached: {reason}", vtep.node, vtep.endpoint))?;
@@ -317,6 +350,32 @@ fn print(status: &Status) -> anyhow::Result<()> {
             let age = since.map(|since| format!(" (for {})", age(now().saturating_sub(since))));
             lines(&format!("- {text}{}", age.unwrap_or_default()))?;
         }
+    }
+    Ok(())
+}
+
+/// Firewall, settings, and what the kernel alone does differently.
+fn print_slow_path(status: &Status) -> anyhow::Result<()> {
+    if let Some(firewall) = &status.firewall {
+        let dropped =
+            firewall.dropped.iter().map(|(counter, dropped)| format!(", {counter} {}", dropped.packets));
+        lines(&format!(
+            "\nfirewall inet {}: admits {} sources{}",
+            firewall.table,
+            firewall.nodes,
+            dropped.collect::<String>()
+        ))?;
+    }
+    for (key, change) in &status.settings {
+        lines(&format!("{key} is {} instead of {} (until `gateway detach`)", change.new, change.old))?;
+    }
+    if !status.differences.is_empty() {
+        lines("\nxdp_mode is off: the kernel alone forwards")?;
+        let rows = status.differences.iter();
+        table(
+            &["WHAT", "WITH THE PROGRAM", "OFF"],
+            rows.map(|row| [row.what.to_owned(), row.with_program.to_owned(), row.off.to_owned()]),
+        )?;
     }
     Ok(())
 }

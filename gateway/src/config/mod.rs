@@ -41,6 +41,8 @@ pub struct Config {
     pub overlays: Vec<Overlay>,
     /// Settings of the BPF program and its tables.
     pub datapath: Datapath,
+    /// What may be changed on this host besides what is the gateway's own.
+    pub host: HostSettings,
 }
 
 /// Where cluster objects come from.
@@ -134,13 +136,15 @@ pub struct ExtraSource {
     pub address: Ipv4Addr,
 }
 
-/// How the program is attached.
+/// Whether there is a program on the interfaces, and how it is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum XdpMode {
     /// In the driver.
     Driver,
     /// In the kernel's generic hook: slow, for drivers without XDP.
     Generic,
+    /// Not at all: the kernel alone forwards, with what [`crate::modes::OFF`] says.
+    Off,
 }
 
 /// Verbosity of the datapath's own log (aya-log), for debugging only.
@@ -169,6 +173,13 @@ pub struct Datapath {
     pub max_vteps: u32,
     /// Entries of the outer source table.
     pub max_sources: u32,
+}
+
+/// What may be changed on this host besides what is the gateway's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostSettings {
+    /// The daemon sets the kernel settings of its interfaces that forwarding needs.
+    pub manage_sysctl: bool,
 }
 
 impl Config {

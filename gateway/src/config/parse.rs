@@ -11,8 +11,8 @@ use ipnet::Ipv4Net;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    Config, Datapath, DatapathLog, DontFragment, ExtraSource, Interface, Overlay, Overrides, Problems,
-    Source, SourceCheck, XdpMode,
+    Config, Datapath, DatapathLog, DontFragment, ExtraSource, HostSettings, Interface, Overlay, Overrides,
+    Problems, Source, SourceCheck, XdpMode,
     reader::{Located, Parse, Report, Section, convert, kind},
     validate,
 };
@@ -20,7 +20,7 @@ use super::{
 const DEFAULT_INSTANCE: &str = "default";
 const DEFAULT_VNI: u32 = 1;
 const DEFAULT_PORT: u16 = 8472;
-const DEFAULT_TTL: u8 = 64;
+pub(super) const DEFAULT_TTL: u8 = 64;
 const DEFAULT_ANNOTATION_PREFIX: &str = "flannel.alpha.coreos.com/";
 /// Where the bpffs is by convention.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf";
@@ -109,10 +109,12 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
     let overlays: Option<Vec<OverlayDraft>> =
         root.sections("overlay").map(|sections| sections.into_iter().map(read_overlay).collect());
     let datapath = read_datapath(root.section("datapath"), overrides);
+    let host = read_host(root.section("host"));
     root.finish();
 
     validate::interfaces(&report, interfaces.as_deref());
     validate::overlays(&report, overlays.as_deref());
+    validate::mode(&report, datapath.as_ref().map(|datapath| datapath.xdp_mode), overlays.as_deref());
     let config = (|| {
         Some(Config {
             instance: instance?,
@@ -120,6 +122,7 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
             interfaces: interfaces?.into_iter().map(InterfaceDraft::finish).collect::<Option<_>>()?,
             overlays: overlays?.into_iter().map(OverlayDraft::finish).collect::<Option<_>>()?,
             datapath: datapath?,
+            host: host?,
         })
     })();
     match config {
@@ -307,6 +310,12 @@ fn read_datapath(mut section: Section<'_>, overrides: &Overrides) -> Option<Data
         max_vteps: max_vteps?.value,
         max_sources: max_sources?.value,
     })
+}
+
+fn read_host(mut section: Section<'_>) -> Option<HostSettings> {
+    let manage_sysctl = read_or(&mut section, "manage_sysctl", BOOLEAN, true);
+    section.finish();
+    Some(HostSettings { manage_sysctl: manage_sysctl?.value })
 }
 
 /// An absent key has its default. `None` if it is wrong.
@@ -544,7 +553,7 @@ const ANNOTATION_PREFIX: Parse<String> = Parse {
 };
 
 const XDP_MODE: Parse<XdpMode> = Parse {
-    expected: "\"driver\" or \"generic\"",
+    expected: "\"driver\", \"generic\" or \"off\"",
     parse: |value| {
         let text = text(value)?;
         XdpMode::from_str(text, false).map_err(|_| format!("is {text:?}"))

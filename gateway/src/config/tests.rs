@@ -75,8 +75,20 @@ fn the_sample_is_valid_and_means_what_it_says() {
                 max_vteps: 8_192,
                 max_sources: 32_768,
             },
+            host: HostSettings { manage_sysctl: true },
         }
     );
+}
+
+/// Without the program nobody is there to do what these keys ask for.
+#[test]
+fn off_refuses_what_only_the_program_can_do() {
+    let keys = "df = \"set\"\nttl = 9\ndscp = 8\nallow_gbp = true\n";
+    let off = format!("{MINIMAL}{keys}[datapath]\nxdp_mode = \"off\"\n");
+    let found: Vec<String> = problems(&off).into_iter().map(|(_, key, _)| key).collect();
+    assert_eq!(found, ["df", "ttl", "dscp", "allow_gbp"].map(|key| format!("overlay[0].{key}")));
+    parse(&off.replace(keys, "")).unwrap();
+    parse(&off.replace("\"off\"", "\"driver\"")).unwrap();
 }
 
 /// Every commented key of the sample is a key, and shows the default: writing it out changes nothing.

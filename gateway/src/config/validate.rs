@@ -12,7 +12,8 @@ use gateway_common::abi::{MAX_OVERLAYS, MAX_VLANS, Roles};
 use ipnet::Ipv4Net;
 
 use super::{
-    parse::{InterfaceDraft, Optional, OverlayDraft},
+    DontFragment, XdpMode,
+    parse::{DEFAULT_TTL, InterfaceDraft, Optional, OverlayDraft},
     reader::{Located, Report},
 };
 
@@ -135,6 +136,33 @@ fn within(report: &Report<'_>, overlay: &OverlayDraft) {
                     "write the address that the node's packets come from",
                 );
             }
+        }
+    }
+}
+
+/// What the kernel's tunnel device is not told, so it cannot do without the program.
+pub(super) fn mode(report: &Report<'_>, mode: Option<XdpMode>, overlays: Option<&[OverlayDraft]>) {
+    if mode != Some(XdpMode::Off) {
+        return;
+    }
+    let remedy = "leave the key out, or set xdp_mode = \"driver\" under [datapath]";
+    for overlay in overlays.unwrap_or_default() {
+        let wishes = [
+            overlay.allow_gbp.as_ref().filter(|found| found.value).map(|found| (found.at, &found.key)),
+            overlay
+                .dont_fragment
+                .as_ref()
+                .filter(|found| found.value != DontFragment::Unset)
+                .map(|found| (found.at, &found.key)),
+            overlay
+                .ttl
+                .as_ref()
+                .filter(|found| found.value != DEFAULT_TTL)
+                .map(|found| (found.at, &found.key)),
+            overlay.dscp.as_ref().filter(|found| found.value != 0).map(|found| (found.at, &found.key)),
+        ];
+        for (at, key) in wishes.into_iter().flatten() {
+            report.note(at, key.as_str(), "needs the XDP program, but xdp_mode is \"off\"", remedy);
         }
     }
 }

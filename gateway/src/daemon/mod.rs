@@ -6,6 +6,7 @@
 
 mod problems;
 pub mod report;
+mod slow_path;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,10 +26,11 @@ pub use self::problems::ProblemReport;
 use self::{
     problems::{Part, Problems},
     report::{Report, SourceReport, VtepReport, now},
+    slow_path::{Look, SlowPath},
 };
 use crate::{
     cluster::{self, model},
-    config::{Config, Overlay, Source},
+    config::{Config, Overlay, Source, XdpMode},
     dataplane::{
         constants::constants,
         load::Programs,
@@ -72,6 +74,8 @@ struct Pending {
     neighbours: bool,
     /// A next hop moved.
     hops: bool,
+    /// Somebody changed the firewall.
+    firewall: bool,
     /// Keys of the plan.
     changes: Changes,
     /// Everything.
@@ -85,6 +89,7 @@ impl Pending {
             routes: true,
             neighbours: true,
             hops: true,
+            firewall: true,
             verify: true,
             changes: Changes::default(),
         }
@@ -128,6 +133,7 @@ pub struct Daemon {
     planner: Planner,
     underlay: Underlay,
     devices: Vec<Device>,
+    slow_path: SlowPath,
     host: Host,
     hops: BTreeMap<VtepKey, NextHop>,
     slots: BTreeMap<VtepKey, VtepSlot>,
@@ -158,6 +164,7 @@ impl Daemon {
         let reconciler = Reconciler::adopt(Tables::open(programs.pins())?)?;
         let handle = netlink::connect().context("cannot open a netlink connection")?;
         let host = Host::read(&handle).await?;
+        let slow_path = SlowPath::start(&config, &host).await?;
         let mut daemon = Self {
             planner: Planner::new(&config.overlays),
             underlay: Underlay::new(handle.clone()),
@@ -165,6 +172,7 @@ impl Daemon {
             handle,
             programs,
             reconciler,
+            slow_path,
             host,
             hops: BTreeMap::new(),
             slots: BTreeMap::new(),
@@ -193,6 +201,8 @@ impl Daemon {
     /// rtnetlink cannot be subscribed to.
     pub async fn run(mut self, cancel: CancellationToken) -> anyhow::Result<()> {
         let mut netlink = netlink::subscribe().context("cannot subscribe to netlink events")?;
+        let mut firewall =
+            SlowPath::watch(&self.config).context("cannot subscribe to changes of nftables")?;
         let (sender, mut source) = mpsc::channel(BURST);
         let watcher = match &self.config.source {
             Source::Files { path } => {
@@ -235,6 +245,10 @@ impl Daemon {
                         }
                         break 'wait;
                     }
+                    Some(()) = firewall.recv() => {
+                        pending.firewall = true;
+                        break 'wait;
+                    }
                     _ = verify.tick() => {
                         pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
                         break 'wait;
@@ -265,7 +279,11 @@ impl Daemon {
         Ok(())
     }
 
+    /// Interfaces that get a program.
     fn interface_names(&self) -> BTreeSet<String> {
+        if self.config.datapath.xdp_mode == XdpMode::Off {
+            return BTreeSet::new();
+        }
         self.config.interfaces.iter().map(|interface| interface.name.clone()).collect()
     }
 
@@ -322,7 +340,8 @@ impl Daemon {
             }
         }
         // Taken only now: if the work is cancelled half-way, the daemon stops anyway.
-        let Pending { host, routes, neighbours, hops, mut changes, verify } = std::mem::take(pending);
+        let Pending { host, routes, neighbours, hops, firewall, mut changes, verify } =
+            std::mem::take(pending);
         let mut netlink_problems = Vec::new();
         if host || verify {
             match Host::read(&self.handle).await {
@@ -345,6 +364,13 @@ impl Daemon {
             self.underlay.reroute().await;
         }
         self.problems.set(Part::Netlink, netlink_problems);
+        if firewall || host || verify || !changes.sources.is_empty() {
+            self.protect(if firewall || verify { Look::Table } else { Look::Goal }).await;
+        }
+        if host || verify {
+            let problems = self.slow_path.set(&self.config, &self.host);
+            self.problems.set(Part::Settings, problems);
+        }
 
         if !self.planner.is_synced() {
             self.follow_adopted().await;
@@ -364,6 +390,13 @@ impl Daemon {
         if verify || hops_moved || host || !changes.vteps.is_empty() || !changes.prefixes.is_empty() {
             self.apply_devices().await;
         }
+    }
+
+    /// Brings the firewall up to date.
+    async fn protect(&mut self, look: Look) {
+        let desired = self.planner.is_synced().then(|| self.planner.desired());
+        let problem = self.slow_path.protect(&self.config, &self.host, desired, look).await;
+        self.problems.set(Part::Firewall, problem.into_iter().collect());
     }
 
     fn path(&self, key: &VtepKey) -> Option<Path> {

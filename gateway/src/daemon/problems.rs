@@ -21,6 +21,8 @@ pub(super) enum Part {
     Tables,
     HostTables,
     Devices,
+    Firewall,
+    Settings,
     Netlink,
 }
 
@@ -31,6 +33,8 @@ impl Part {
             Self::Tables => "tables",
             Self::HostTables => "tables of this host",
             Self::Devices => "slow path",
+            Self::Firewall => "firewall",
+            Self::Settings => "kernel settings",
             Self::Netlink => "netlink",
         }
     }

@@ -278,6 +278,7 @@ impl Programs {
         let mode = match self.settings.xdp_mode {
             config::XdpMode::Driver => AttachMode::Driver,
             config::XdpMode::Generic => AttachMode::Generic,
+            config::XdpMode::Off => return Ok(Adoption::Nothing),
         };
         if link.xdp.program == ours && link.xdp.mode == Some(mode) {
             return XdpLink::try_from(pinned).map(Adoption::Swap).map_err(fault);
@@ -292,6 +293,7 @@ impl Programs {
         let mode = match self.settings.xdp_mode {
             config::XdpMode::Driver => XdpMode::Driver,
             config::XdpMode::Generic => XdpMode::Skb,
+            config::XdpMode::Off => return Ok(()),
         };
         let mut attached = program.attach_to_if_index(link.index, mode);
         for _ in 1..attempts {

@@ -5,11 +5,15 @@
 //! - [`underlay`]: next hops towards tunnel endpoints, resolved ahead of traffic and followed.
 //! - `path_mtu`: what the kernel learns of smaller paths.
 //! - [`device`]: the kernel's tunnel device, the slow path.
+//! - [`firewall`]: keeps the slow path from undoing what the fast path protects.
+//! - [`sysctl`]: what forwarding needs of the kernel's settings.
 
 pub mod device;
+pub mod firewall;
 pub mod host;
 pub mod netlink;
 mod path_mtu;
+pub mod sysctl;
 pub mod underlay;
 
 use std::net::Ipv4Addr;

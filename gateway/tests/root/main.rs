@@ -4,6 +4,7 @@
 //! and nothing is left behind.
 
 mod device;
+mod firewall;
 mod programs;
 mod restart;
 mod sandbox;

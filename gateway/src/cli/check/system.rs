@@ -23,7 +23,6 @@ pub(super) fn findings(config: Option<&Config>) -> Vec<Finding> {
         btf(Path::new("/sys/kernel/btf/vmlinux").exists()),
         jit(&read("/proc/sys/net/core/bpf_jit_enable")),
         capabilities(&read("/proc/self/status")),
-        forwarding(&read("/proc/sys/net/ipv4/ip_forward")),
     ];
     if let Some(config) = config {
         findings.push(bpffs(&config.datapath.bpffs));
@@ -92,18 +91,6 @@ fn capabilities(status: &str) -> Finding {
             "capabilities",
             format!("{} missing", missing.join(", ")),
             "run as root, or give them to the service (AmbientCapabilities=)",
-        )
-    }
-}
-
-fn forwarding(value: &str) -> Finding {
-    if value.trim() == "1" {
-        Finding::ok("ip_forward", "on")
-    } else {
-        Finding::fail(
-            "ip_forward",
-            "off",
-            "sysctl -w net.ipv4.ip_forward=1: the kernel's routes are used for what leaves the tunnel",
         )
     }
 }
