@@ -49,6 +49,11 @@ pub const OFF: &[Lack] = &[
         off: "answered by the kernel's device, by its FDB: the same for known nodes",
     },
     Lack {
+        what: "packets that do not fit the path",
+        with_program: "ICMP fragmentation needed, within limits; TCP handshakes announce what fits (mss_clamp)",
+        off: "ICMP by the kernel; handshakes are not changed",
+    },
+    Lack {
         what: "pods outside of their node's podCIDR",
         with_program: "reached by the table of exact pods",
         off: "not reached: the kernel has the routes of podCIDRs only",
