@@ -258,9 +258,9 @@ impl Daemon {
                         pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
                         break 'wait;
                     }
-                    _ = publish.tick(), if Instant::now() >= publish_from => {
+                    _ = publish.tick() => {
                         // The source finds problems in what makes no event.
-                        if self.problems.refresh(&self.planner) || unpublished {
+                        if Instant::now() >= publish_from && (self.problems.refresh(&self.planner) || unpublished) {
                             let begin = Instant::now();
                             unpublished = false;
                             self.publish();

@@ -327,7 +327,8 @@ fn plain_from_somebody_else() {
     let mut entry = slot(NODE, 0, false);
     entry.flags = entry.flags.with(VtepFlags::DIRECT);
     tables.vteps.insert(NODE_ID, vtep(entry));
-    let frame = ethernet(NIC, [0x52, 0x54, 0, 0, 0, 0x66], 0x0800, &udp(POD, CLIENT, 64, 0, (80, 5555), b"plain"));
+    let frame =
+        ethernet(NIC, [0x52, 0x54, 0, 0, 0, 0x66], 0x0800, &udp(POD, CLIENT, 64, 0, (80, 5555), b"plain"));
     assert_eq!(outcome(&tables, &frame), Outcome::DirectSource);
     tables.config.overlays[0].flags = OverlayFlags::NONE;
     assert_eq!(outcome(&tables, &frame), Outcome::DirectIn);
