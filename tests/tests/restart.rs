@@ -15,6 +15,7 @@ use gateway_tests::lab::{
     gateway::attached_program,
     stream::{Account, Stream},
     traced::{End, run_until},
+    traffic, wait_until,
 };
 
 /// Datagrams per second and direction.
@@ -22,6 +23,7 @@ const RATE: u32 = 50_000;
 const PORT: u16 = 7000;
 /// A gateway with another BPF object, for upgrades; `cargo xtask test --full` builds it.
 const VARIANT: &str = "GATEWAY_VARIANT_BIN";
+const SOON: Duration = Duration::from_secs(5);
 /// Time between two interruptions, in which the datapath is alone.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -264,5 +266,76 @@ fn a_start_that_is_cut_off_anywhere_is_made_good_by_the_next() {
         for stream in streams.into_iter().flatten() {
             check(name, stream.finish().unwrap());
         }
+    }
+}
+
+/// What a file contributed to the tables outlives its being broken when the daemon starts.
+#[test]
+fn a_file_that_is_broken_at_the_start_takes_nothing_away() {
+    let mut rig = Rig::start("broken-at-start");
+    let (tables, devices) = (rig.tables(), rig.slow_path());
+    rig.gateway.stop().unwrap();
+    let good = ["node-node2.yaml", "pod-pod2-1.yaml"].map(|name| {
+        let path = rig.lab.manifests().join(name);
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("[{text}")).unwrap();
+        (path, text)
+    });
+    rig.gateway.restart(rig.lab.gateway()).unwrap();
+
+    // The others go on: what is new is programmed.
+    rig.lab.add_pod(Node::new(1), 3).unwrap();
+    traffic::wait_reachable(rig.lab.client(1), Node::new(1).pod_address(3), true, SOON).unwrap();
+    for node in rig.lab.nodes() {
+        for pod in [1, 2] {
+            assert!(traffic::reaches(rig.lab.client(2), node.pod_address(pod)).unwrap(), "{node:?} {pod}");
+        }
+    }
+    assert_eq!(rig.slow_path(), devices);
+    wait_until("status names both files", SOON, || {
+        let status = rig.lab.gateway().output(&rig.status())?;
+        let status = String::from_utf8_lossy(&status.stdout).into_owned();
+        let named = good
+            .iter()
+            .all(|(path, _)| path.file_name().unwrap().to_str().is_some_and(|name| status.contains(name)));
+        Ok(named.then_some(()))
+    })
+    .unwrap();
+
+    // What is removed from a good file is gone for sure; what nobody names waits.
+    rig.lab.remove_pod(Node::new(1), 3).unwrap();
+    // The name of a node is known from its manifest alone.
+    let nameless: Vec<String> = tables.iter().map(|table| table.replace("node2", "-    ")).collect();
+    wait_until("the removed pod is gone", SOON, || Ok((rig.tables() == nameless).then_some(()))).unwrap();
+    for (path, text) in good {
+        fs::write(path, text).unwrap();
+    }
+    rig.gateway.wait_settled(rig.lab.gateway()).unwrap();
+    assert_eq!((rig.tables(), rig.slow_path()), (tables, devices));
+}
+
+impl Rig {
+    fn status(&self) -> Vec<String> {
+        let program = gateway_tests::lab::gateway::program().unwrap();
+        gateway_tests::lab::gateway::command(&program, &self.lab.config(), &["status", "--json"]).unwrap()
+    }
+
+    /// Routes, neighbours and forwarding entries of the kernel's tunnel device.
+    fn slow_path(&self) -> Vec<String> {
+        let device = "gw-flannel";
+        let calls: [&[&str]; 3] = [
+            &["ip", "route", "show", "dev", device],
+            &["ip", "neigh", "show", "dev", device, "nud", "permanent"],
+            &["bridge", "fdb", "show", "dev", device],
+        ];
+        let mut lines: Vec<String> = calls
+            .iter()
+            .flat_map(|call| {
+                let text = self.lab.gateway().run(call).unwrap();
+                text.lines().map(str::to_owned).collect::<Vec<_>>()
+            })
+            .collect();
+        lines.sort();
+        lines
     }
 }

@@ -73,12 +73,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         setup::run(need)?;
     }
     build::run(&build::Options { release: false })?;
+    // For upgrades to another object.
+    let variant = if options.full && suites.contains(&Suite::E2e) { Some(build::variant()?) } else { None };
 
     let mut times = Vec::new();
     for run in runs(&suites, &targets()?) {
         println!("── {} ──", run.name);
         let start = Instant::now();
-        let result = execute(&mut run.command(options.full));
+        let mut command = run.command(options.full);
+        if let Some(variant) = &variant {
+            command.env("GATEWAY_VARIANT_BIN", variant);
+        }
+        let result = execute(&mut command);
         times.push((run.name, start.elapsed(), result.is_ok()));
         if let Err(error) = result {
             report(&times);

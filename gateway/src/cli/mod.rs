@@ -65,12 +65,16 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     })
 }
 
-/// The error and its causes, unless the text has them already.
+/// The error and its causes, unless the text has them already, and what to do about missing rights.
 fn explain(error: &anyhow::Error) -> String {
-    error.chain().skip(1).fold(error.to_string(), |text, cause| {
+    let text = error.chain().skip(1).fold(error.to_string(), |text, cause| {
         let cause = cause.to_string();
         if text.contains(&cause) { text } else { format!("{text}: {cause}") }
-    })
+    });
+    if nix::unistd::geteuid().is_root() || !text.to_lowercase().contains("permission denied") {
+        return text;
+    }
+    format!("{text}: run it as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")
 }
 
 /// An async runtime for verbs that talk netlink.

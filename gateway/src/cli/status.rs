@@ -154,7 +154,7 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
     let off = config.datapath.xdp_mode == XdpMode::Off;
 
     let report = running_report(config, &mut problems);
-    let interfaces = interfaces(config, &host, &pins, report.is_some(), &mut problems)?;
+    let interfaces = interfaces(config, &host, &pins, &mut problems)?;
     let mut status = Status {
         healthy: false,
         instance: config.instance.clone(),
@@ -233,7 +233,6 @@ fn interfaces(
     config: &Config,
     host: &Host,
     pins: &Pins,
-    running: bool,
     problems: &mut Vec<String>,
 ) -> Result<Vec<InterfaceStatus>, PinError> {
     let linked = pins.linked_interfaces()?;
@@ -243,9 +242,9 @@ fn interfaces(
         let program = link.and_then(|link| link.xdp.program);
         let ours = program.is_some() && linked.contains(&interface.name);
         match link {
-            // A running daemon says so itself.
-            None if running => {}
-            None => problems.push(format!("interface {} does not exist", interface.name)),
+            // A daemon that waits for it has said so already, unless this is another network namespace.
+            None if problems.iter().any(|problem| problem.contains(&interface.name)) => {}
+            None => problems.push(format!("interface {} does not exist here", interface.name)),
             Some(link) if !link.up => problems.push(format!("interface {} is down", interface.name)),
             Some(_) if !ours && config.datapath.xdp_mode != XdpMode::Off => {
                 problems.push(format!("no program of this gateway is on interface {}", interface.name));

@@ -3,6 +3,8 @@
 //! A source begins with [`Event::Listing`], sends everything that exists, and says [`Event::Synced`]. What was known
 //! before and was not named in between is gone. After that it sends what changes, and may list again at any time.
 //! Until `Synced` nothing that was known goes away, so a source that restarts never takes entries from under traffic.
+//! A source of which a part cannot be read says [`Event::Listed`] first: what it named counts, what it did not name
+//! stays as it was.
 
 use std::{fmt, sync::Arc};
 
@@ -104,4 +106,6 @@ pub enum Event {
     Delete(ObjectRef),
     /// The listing is complete.
     Synced,
+    /// Everything that can be read has been named; [`Self::Synced`] follows when the rest has been read as well.
+    Listed,
 }

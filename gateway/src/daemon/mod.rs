@@ -258,9 +258,9 @@ impl Daemon {
                         pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
                         break 'wait;
                     }
-                    _ = publish.tick(), if Instant::now() >= publish_from => {
+                    _ = publish.tick() => {
                         // The source finds problems in what makes no event.
-                        if self.problems.refresh(&self.planner) || unpublished {
+                        if Instant::now() >= publish_from && (self.problems.refresh(&self.planner) || unpublished) {
                             let begin = Instant::now();
                             unpublished = false;
                             self.publish();
@@ -316,8 +316,14 @@ impl Daemon {
 
     fn take_source(&mut self, event: &model::Event, pending: &mut Pending) {
         self.last_event = Some(now());
-        let synced = self.planner.is_synced();
+        let (listed, synced) = (self.planner.is_listed(), self.planner.is_synced());
         pending.changes.merge(self.planner.apply(event));
+        if !listed && self.planner.is_listed() && !self.planner.is_synced() {
+            info!(
+                "a part of the source cannot be read: what it does not name stays as it was until it can be"
+            );
+            pending.verify = true;
+        }
         if !synced && self.planner.is_synced() {
             let desired = self.planner.desired();
             info!(
@@ -372,10 +378,11 @@ impl Daemon {
             self.problems.set(Part::Settings, problems);
         }
 
-        if !self.planner.is_synced() {
+        if !self.planner.is_listed() {
             self.follow_adopted().await;
             return;
         }
+        self.reconciler.hold_removals(!self.planner.is_synced());
         if verify || !changes.vteps.is_empty() {
             let paths = self.planner.desired().vteps.keys().filter_map(|key| self.path(key)).collect();
             self.underlay.track(&paths).await;
@@ -499,7 +506,8 @@ impl Daemon {
             Err(error) => problems.push(error.to_string()),
         }
         for (id, device) in (0_u32..).zip(&self.devices) {
-            let goal = Goal::new(id, self.planner.desired(), &self.hops, |hop| self.kernel_device(hop));
+            let mut goal = Goal::new(id, self.planner.desired(), &self.hops, |hop| self.kernel_device(hop));
+            goal.partial = !self.planner.is_synced();
             problems.extend(device.apply(&goal, &self.host, self.underlay_mtu(id)).await);
         }
         self.problems.set(Part::Devices, problems);

@@ -56,6 +56,8 @@ pub struct Goal {
     pub forwarding: BTreeMap<Mac, Ipv4Addr>,
     /// Pod CIDR to the way there.
     pub routes: BTreeMap<Ipv4Net, Way>,
+    /// More may be meant than is named: nothing is removed.
+    pub partial: bool,
 }
 
 /// How the kernel reaches a pod CIDR.
@@ -149,6 +151,9 @@ impl Device {
         // A net that moves is replaced in place; only those that have no successor are deleted.
         for route in routes.difference(&state.routes) {
             note(self.set_route(route).await);
+        }
+        if goal.partial {
+            return problems;
         }
         for route in state.routes.difference(&routes).filter(|old| !goal.routes.contains_key(&old.net)) {
             note(self.delete_route(route).await);

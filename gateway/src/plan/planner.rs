@@ -32,6 +32,8 @@ pub struct Planner {
     /// What the listing under way has named so far.
     listed: Option<HashSet<ObjectRef>>,
     synced: bool,
+    /// What could be read of the source has been seen.
+    seen: bool,
 }
 
 impl Planner {
@@ -46,6 +48,7 @@ impl Planner {
             desired: Desired::default(),
             listed: None,
             synced: false,
+            seen: false,
         }
     }
 
@@ -68,6 +71,10 @@ impl Planner {
                 }
                 self.delete(reference)
             }
+            Event::Listed => {
+                self.seen = true;
+                Changes::default()
+            }
             Event::Synced => self.end_listing(),
         }
     }
@@ -75,6 +82,11 @@ impl Planner {
     /// The goal.
     pub fn desired(&self) -> &Desired {
         &self.desired
+    }
+
+    /// Whether the source has named all that can be read of it. Before that there is no goal yet.
+    pub fn is_listed(&self) -> bool {
+        self.seen || self.synced
     }
 
     /// Whether a full listing has been seen. Before that an absent key means nothing.

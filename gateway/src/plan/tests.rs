@@ -252,6 +252,7 @@ impl Cluster {
             Event::Delete(reference) => {
                 self.objects.remove(reference);
             }
+            Event::Listed => {}
             Event::Synced => {
                 if let Some(listed) = self.listed.take() {
                     self.objects.retain(|reference, _| listed.contains(reference));
@@ -300,6 +301,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         2 => any_pod().prop_map(|object| Event::Delete(object.reference())),
         1 => Just(Event::Listing),
         1 => Just(Event::Synced),
+        1 => Just(Event::Listed),
     ]
 }
 

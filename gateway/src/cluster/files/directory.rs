@@ -51,6 +51,8 @@ struct FileState {
     objects: BTreeSet<ObjectRef>,
     problems: Vec<Problem>,
     ignored: usize,
+    /// It has been read to the end and understood, now or earlier: what it does not hold does not exist.
+    understood: bool,
     /// It is being written since then.
     unsettled: Option<Instant>,
 }
@@ -65,6 +67,8 @@ pub struct Look {
     pub events: Vec<Event>,
     /// A file is being written: look again soon.
     pub unsettled: bool,
+    /// Some file has never been understood as a whole: what is in it may exist as well.
+    pub partial: bool,
 }
 
 /// A directory of manifests, as it was when last looked at.
@@ -127,7 +131,8 @@ impl Directory {
             unsettled |= self.refresh(&name, &mut before);
         }
         self.report_contested(&place);
-        Some(Look { events: self.events(before), unsettled })
+        let partial = self.files.values().any(|file| !file.understood);
+        Some(Look { events: self.events(before), unsettled, partial })
     }
 
     /// How many objects of other kinds the files hold.
@@ -191,6 +196,7 @@ impl Directory {
             state.problems = problems;
         }
         state.ignored = ignored;
+        state.understood |= complete && broken.is_empty();
     }
 
     /// Removes `dropped` from what a file holds, and puts `objects` there.

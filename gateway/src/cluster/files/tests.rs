@@ -102,6 +102,7 @@ fn describe(event: &Event) -> String {
         Event::Apply(object) => format!("+{}", object.reference()),
         Event::Delete(reference) => format!("-{reference}"),
         Event::Synced => "synced".into(),
+        Event::Listed => "listed".into(),
     }
 }
 
@@ -382,4 +383,25 @@ async fn a_directory_may_come_later() {
 #[test]
 fn a_reference_names_the_object() {
     assert_eq!(ObjectRef::pod("shop", "web-0").to_string(), "Pod shop/web-0");
+}
+
+#[test]
+fn a_file_that_was_never_understood_leaves_the_listing_partial() {
+    let mut fixture = Fixture::new();
+    let partial = |fixture: &mut Fixture| fixture.directory.rescan().unwrap().partial;
+    fixture.write("a.yaml", &node("a"));
+    fixture.write("b.yaml", "[");
+    assert!(partial(&mut fixture));
+    fixture.write("b.yaml", "apiVersion: v1\nkind: Node\nmetadata: {name: b}\nspec: 7\n");
+    assert!(partial(&mut fixture), "the file ends, but one of its objects cannot be read");
+    fixture.write("b.yaml", &node("b"));
+    assert!(!partial(&mut fixture));
+    // From now on what it said before is known.
+    fixture.write("b.yaml", "[ [");
+    assert!(!partial(&mut fixture));
+    // And a file that goes takes its doubt along.
+    fixture.write("c.yaml", "{");
+    assert!(partial(&mut fixture));
+    fs::remove_file(fixture.root.path().join("c.yaml")).unwrap();
+    assert!(!partial(&mut fixture));
 }

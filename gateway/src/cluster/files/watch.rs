@@ -36,7 +36,7 @@ pub async fn watch(path: PathBuf, events: mpsc::Sender<Event>, problems: Problem
     let (nudge, mut nudges) = mpsc::channel(1);
     let mut directory = Directory::new(&path, problems, QUIET);
     let mut watcher = None;
-    let (mut listing, mut synced) = (false, false);
+    let (mut listing, mut listed, mut synced) = (false, false, false);
     loop {
         if !watcher.as_ref().is_some_and(|watcher: &DirectoryWatcher| watcher.is_current(&path)) {
             // Without a watcher (no directory yet, no inotify instances left) polling does the work.
@@ -55,8 +55,13 @@ pub async fn watch(path: PathBuf, events: mpsc::Sender<Event>, problems: Problem
             let begin = (!listing).then_some(Event::Listing);
             listing = true;
             // What is still being written belongs to the listing.
-            let end = (!synced && !unsettled).then_some(Event::Synced);
-            synced |= end.is_some();
+            let end = match (unsettled, found.partial) {
+                (false, false) if !synced => Some(Event::Synced),
+                (false, true) if !synced && !listed => Some(Event::Listed),
+                _ => None,
+            };
+            listed |= end.is_some();
+            synced |= matches!(end, Some(Event::Synced));
             for event in begin.into_iter().chain(found.events).chain(end) {
                 if events.send(event).await.is_err() {
                     return;
