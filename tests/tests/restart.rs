@@ -19,7 +19,7 @@ use gateway_tests::lab::{
 };
 
 /// Datagrams per second and direction.
-const RATE: u32 = 50_000;
+const RATE: u32 = 65_000;
 const PORT: u16 = 7000;
 /// A gateway with another BPF object, for upgrades; `cargo xtask test --full` builds it.
 const VARIANT: &str = "GATEWAY_VARIANT_BIN";

@@ -63,7 +63,10 @@ impl Account {
 /// A stream that runs until [`Self::finish`].
 #[derive(Debug)]
 pub struct Stream {
+    /// Nothing more is to be sent.
     over: Arc<AtomicBool>,
+    /// Nothing more is being sent.
+    complete: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
     sender: JoinHandle<Result<Duration>>,
     receiver: JoinHandle<Result<Received>>,
@@ -83,9 +86,10 @@ impl Stream {
         let (over, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (ended, count) = (Arc::clone(&over), Arc::clone(&sent));
         let sender = thread::spawn(move || send(&outlet, rate, &ended, &count));
-        let (ended, count) = (Arc::clone(&over), Arc::clone(&sent));
+        let complete = Arc::new(AtomicBool::new(false));
+        let (ended, count) = (Arc::clone(&complete), Arc::clone(&sent));
         let receiver = thread::spawn(move || receive(&inlet, &ended, &count));
-        Ok(Self { over, sent, sender, receiver })
+        Ok(Self { over, complete, sent, sender, receiver })
     }
 
     /// Datagrams sent so far.
@@ -98,6 +102,7 @@ impl Stream {
         self.over.store(true, Ordering::Release);
         let join = |_| anyhow!("a thread of the stream panicked");
         let duration = self.sender.join().map_err(join)??;
+        self.complete.store(true, Ordering::Release);
         let received = self.receiver.join().map_err(join)??;
         Ok(Account {
             sent: self.sent.load(Ordering::Acquire),
@@ -164,7 +169,7 @@ impl Received {
     }
 }
 
-fn receive(socket: &UdpSocket, over: &AtomicBool, sent: &AtomicU64) -> Result<Received> {
+fn receive(socket: &UdpSocket, complete: &AtomicBool, sent: &AtomicU64) -> Result<Received> {
     let mut received = Received::default();
     let mut payload = [0; PAYLOAD];
     let mut last = Instant::now();
@@ -177,8 +182,8 @@ fn receive(socket: &UdpSocket, over: &AtomicBool, sent: &AtomicU64) -> Result<Re
                 last = Instant::now();
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                let complete = received.different == sent.load(Ordering::Acquire);
-                if over.load(Ordering::Acquire) && (complete || last.elapsed() > SILENCE) {
+                let all = || received.different == sent.load(Ordering::Acquire);
+                if complete.load(Ordering::Acquire) && (all() || last.elapsed() > SILENCE) {
                     return Ok(received);
                 }
                 thread::sleep(TICK);
