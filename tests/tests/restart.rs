@@ -320,13 +320,15 @@ impl Rig {
         gateway_tests::lab::gateway::command(&program, &self.lab.config(), &["status", "--json"]).unwrap()
     }
 
-    /// Routes, neighbours and forwarding entries of the kernel's tunnel device.
+    /// Routes, neighbours and forwarding entries of the kernel's tunnel device, and the nodes that the firewall admits.
     fn slow_path(&self) -> Vec<String> {
         let device = "gw-flannel";
-        let calls: [&[&str]; 3] = [
+        let table = format!("gateway_{}", self.lab.instance());
+        let calls: [&[&str]; 4] = [
             &["ip", "route", "show", "dev", device],
             &["ip", "neigh", "show", "dev", device, "nud", "permanent"],
             &["bridge", "fdb", "show", "dev", device],
+            &["nft", "list", "set", "inet", &table, "nodes"],
         ];
         let mut lines: Vec<String> = calls
             .iter()

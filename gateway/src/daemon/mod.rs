@@ -401,8 +401,9 @@ impl Daemon {
 
     /// Brings the firewall up to date.
     async fn protect(&mut self, look: Look) {
-        let desired = self.planner.is_synced().then(|| self.planner.desired());
-        let problem = self.slow_path.protect(&self.config, &self.host, desired, look).await;
+        let desired = self.planner.is_listed().then(|| self.planner.desired());
+        let partial = !self.planner.is_synced();
+        let problem = self.slow_path.protect(&self.config, &self.host, desired, partial, look).await;
         self.problems.set(Part::Firewall, problem.into_iter().collect());
     }
 

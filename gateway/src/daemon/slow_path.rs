@@ -44,15 +44,17 @@ impl SlowPath {
         firewall::watch::watch(&firewall::table_name(&config.instance))
     }
 
-    /// Makes the firewall what it should be; what could not be done, for people.
+    /// Makes the firewall what it should be; what could not be done, for people. With `partial` there may be nodes
+    /// that `desired` does not name.
     pub(super) async fn protect(
         &mut self,
         config: &Config,
         host: &Host,
         desired: Option<&Desired>,
+        partial: bool,
         look: Look,
     ) -> Option<String> {
-        let goal = Goal::new(config, host, desired);
+        let goal = Goal { partial, ..Goal::new(config, host, desired) };
         let result = match look {
             Look::Goal => self.firewall.update(&goal).await,
             Look::Table => self.firewall.repair(&goal).await,

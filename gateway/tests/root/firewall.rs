@@ -21,6 +21,7 @@ fn goal(underlay: &[&str], nodes: &[u8]) -> Goal {
     Goal {
         underlay: underlay.iter().map(|&name| name.to_owned()).collect(),
         nodes: Some(nodes.iter().map(|last| (local, 8472, Ipv4Addr::new(172, 16, 2, *last))).collect()),
+        partial: false,
     }
 }
 

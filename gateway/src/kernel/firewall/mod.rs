@@ -53,6 +53,8 @@ pub struct Goal {
     /// Local address, port and source of admitted tunnel packets. `None` while the nodes are not known: what the set
     /// holds from an earlier run stays.
     pub nodes: Option<BTreeSet<(Ipv4Addr, u16, Ipv4Addr)>>,
+    /// There may be more nodes than are named: none is removed.
+    pub partial: bool,
 }
 
 impl Goal {
@@ -77,6 +79,7 @@ impl Goal {
                 .chain(configured.map(|interface| interface.name.clone()))
                 .collect(),
             nodes,
+            partial: false,
         }
     }
 }

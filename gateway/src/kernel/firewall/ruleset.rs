@@ -160,7 +160,7 @@ impl Elements {
     /// What makes the sets those of the goal.
     pub(super) fn change(&self, table: &str, goal: &Goal) -> Vec<Value> {
         let mut objects = difference(table, UNDERLAY, &self.underlay, &underlay(goal));
-        if let Some(nodes) = nodes(goal) {
+        if let Some(nodes) = self.wanted(goal) {
             objects.extend(difference(table, NODES, &self.nodes, &nodes));
         }
         objects
@@ -169,9 +169,19 @@ impl Elements {
     /// Notes that they are those of the goal.
     pub(super) fn settle(&mut self, goal: &Goal) {
         self.underlay = underlay(goal);
-        if let Some(nodes) = nodes(goal) {
+        if let Some(nodes) = self.wanted(goal) {
             self.nodes = nodes;
         }
+    }
+
+    /// The nodes that the set is to hold.
+    fn wanted(&self, goal: &Goal) -> Option<Vec<Value>> {
+        let mut wanted = nodes(goal)?;
+        if goal.partial {
+            let more = self.nodes.iter().filter(|node| !wanted.contains(node)).cloned();
+            wanted.extend(more.collect::<Vec<_>>());
+        }
+        Some(wanted)
     }
 }
 
@@ -280,6 +290,7 @@ mod tests {
         Goal {
             underlay: underlay.iter().map(|&name| name.to_owned()).collect(),
             nodes: Some(nodes.iter().map(|last| (local, 8472, Ipv4Addr::new(172, 16, 2, *last))).collect()),
+            partial: false,
         }
     }
 
@@ -312,5 +323,14 @@ mod tests {
         let mut settled = old.clone();
         settled.settle(&unknown);
         assert_eq!(settled, old);
+        // Some are known: they come, and nobody goes.
+        let some = Goal { partial: true, ..goal(&["und0"], &[12]) };
+        assert_eq!(
+            old.change("t", &some),
+            [json!({ "add": { "element": { "family": "inet", "table": "t",
+            "name": "nodes", "elem": [{ "concat": ["172.16.2.200", 8472, "172.16.2.12"] }] } } })]
+        );
+        settled.settle(&some);
+        assert_eq!(settled.change("t", &goal(&["und0"], &[11, 12])), Vec::<Value>::new());
     }
 }
