@@ -211,7 +211,10 @@ fn whatever_is_wrong_is_named_until_it_is_mended() {
     let cases = cases(&cluster);
     let begin = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     for case in &cases {
-        fs::write(path(&lab, case), &case.text).unwrap();
+        // Whole at once: half of a large file is another problem, and has a beginning of its own.
+        let half = lab.manifests().join(".half");
+        fs::write(&half, &case.text).unwrap();
+        fs::rename(&half, path(&lab, case)).unwrap();
     }
     let listed = wait_until("every problem is listed", SOON, || {
         let listed = problems(&gateway, host);
