@@ -141,7 +141,7 @@ fn report(findings: &[Finding]) -> String {
     let count = |level| findings.iter().filter(|finding| finding.level == level).count();
     let _ = write!(
         text,
-        "{} ok, {} warnings, {} failures",
+        "ok: {}, warnings: {}, failures: {}",
         count(Level::Ok),
         count(Level::Warn),
         count(Level::Fail)

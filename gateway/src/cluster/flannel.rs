@@ -165,6 +165,18 @@ pub fn read_node(node: &Node, overlay: &Overlay) -> NodeReading {
         }
     };
 
+    // ARP for the pods of such a node would be answered for hosts of the underlay.
+    let underlay = [Some(overlay.local), endpoint];
+    if let Some(cidr) = cidr
+        && let Some(inside) = underlay.into_iter().flatten().find(|address| cidr.contains(address))
+    {
+        problems.push(Problem::error(
+            place(POD_CIDR),
+            format!("{cidr} holds {inside}, which is an address of the underlay"),
+            "pods and nodes need different networks: give the node a podCIDR in flannel's Network",
+        ));
+    }
+
     let (Some(endpoint), Some(mac), Some(cidr), true) = (endpoint, mac, cidr, problems.is_empty()) else {
         return NodeReading::Rejected(problems);
     };

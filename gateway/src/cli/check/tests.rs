@@ -60,7 +60,7 @@ fn manifests_are_planned() {
     fs::write(directory.path().join("a.yaml"), good + &own).unwrap();
     let findings = manifests(&config(directory.path()));
     assert!(findings.iter().all(|finding| finding.level == Level::Ok), "{findings:#?}");
-    assert!(report(&findings).ends_with("2 ok, 0 warnings, 0 failures"), "{}", report(&findings));
+    assert!(report(&findings).ends_with("ok: 2, warnings: 0, failures: 0"), "{}", report(&findings));
 }
 
 #[test]

@@ -319,3 +319,19 @@ fn addresses_that_no_pod_has(#[case] address: &str) {
     };
     assert_eq!(problem.place, "Pod default/p, status.podIP");
 }
+
+/// A podCIDR over the underlay would have the gateway answer ARP for nodes, and for itself.
+#[rstest]
+#[case::holds_the_gateway("172.31.7.0/25")]
+#[case::holds_the_node("172.31.7.11/32")]
+#[case::holds_both("172.16.0.0/12")]
+fn pod_cidrs_over_the_underlay(#[case] cidr: &str) {
+    let mut node = node();
+    let spec = node.spec.as_mut().unwrap();
+    (spec.pod_cidr, spec.pod_cidrs) = (Some(cidr.into()), Some(vec![cidr.into()]));
+    let NodeReading::Rejected(problems) = read_node(&node, &overlay("")) else {
+        panic!("{cidr} is accepted")
+    };
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(problems[0].to_string().contains("is an address of the underlay"), "{}", problems[0]);
+}
