@@ -216,7 +216,12 @@ impl<'t> Section<'t> {
     pub(super) fn sections(&mut self, key: &'static str) -> Option<Vec<Self>> {
         let report = self.report;
         let Some(found) = self.take(key) else { return Some(Vec::new()) };
-        let remedy = format!("write an array of tables: [[{}]]", found.key);
+        // A table in an array has no header of its own to write.
+        let remedy = if found.key.contains('[') {
+            format!("write an array of tables: {key} = [{{ … }}]")
+        } else {
+            format!("write an array of tables: [[{}]]", found.key)
+        };
         let DeValue::Array(array) = found.value else {
             report.note(found.at, found.key, format!("is {}", kind(&found.value)), remedy);
             return None;

@@ -354,6 +354,14 @@ proptest! {
     }
 }
 
+#[test]
+fn remedies_are_toml() {
+    let nested = problems(&format!("{MINIMAL}extra_sources = 7\n"));
+    assert!(nested[0].2.contains("extra_sources = [{ … }]"), "{nested:?}");
+    let top = problems("interface = 7\n");
+    assert!(top.iter().any(|(_, _, text)| text.contains("[[interface]]")), "{top:?}");
+}
+
 /// The README's configuration is valid, and its Node is what flannel's rules take for the gateway that it configures.
 #[test]
 fn the_readme_is_true() {
