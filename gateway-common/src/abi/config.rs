@@ -29,18 +29,9 @@ impl Roles {
     pub const EXTERNAL: Self = Self { bits: 2 };
     /// One-armed.
     pub const BOTH: Self = Self { bits: 3 };
-
-    /// Whether all of `other` is included.
-    #[inline(always)]
-    pub const fn has(self, other: Self) -> bool {
-        self.bits & other.bits == other.bits
-    }
-
-    /// Both sets together.
-    pub const fn with(self, other: Self) -> Self {
-        Self { bits: self.bits | other.bits }
-    }
 }
+
+bit_set!(Roles);
 
 /// Roles of one VLAN of the interface.
 #[repr(C)]
@@ -71,18 +62,9 @@ impl OverlayFlags {
     pub const DF_INHERIT: Self = Self { bits: 4 };
     /// TCP SYNs announce no larger segments than the path takes, in both directions.
     pub const CLAMP_MSS: Self = Self { bits: 8 };
-
-    /// Whether all of `other` is included.
-    #[inline(always)]
-    pub const fn has(self, other: Self) -> bool {
-        self.bits & other.bits == other.bits
-    }
-
-    /// Both sets together.
-    pub const fn with(self, other: Self) -> Self {
-        Self { bits: self.bits | other.bits }
-    }
 }
+
+bit_set!(OverlayFlags);
 
 /// One overlay network. Its index in [`Config::overlays`] is its overlay id.
 #[repr(C)]

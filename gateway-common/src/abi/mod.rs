@@ -3,6 +3,24 @@
 //! All structs are `repr(C)` without padding (`bytemuck::Pod` refuses it), with named fields so that
 //! `bpftool map dump` prints something a person can read. A change of any layout raises [`VERSION`].
 
+/// The operations of a structure whose field `bits` is a set.
+macro_rules! bit_set {
+    ($name:ident) => {
+        impl $name {
+            /// Whether all of `other` is included.
+            #[inline(always)]
+            pub const fn has(self, other: Self) -> bool {
+                self.bits & other.bits == other.bits
+            }
+
+            /// Both sets together.
+            pub const fn with(self, other: Self) -> Self {
+                Self { bits: self.bits | other.bits }
+            }
+        }
+    };
+}
+
 mod config;
 mod outcome;
 mod tables;

@@ -109,18 +109,9 @@ impl VtepFlags {
     pub const READY: Self = Self { bits: 2 };
     /// The node is reached without a tunnel (flannel's DirectRouting).
     pub const DIRECT: Self = Self { bits: 4 };
-
-    /// Whether all of `other` is included.
-    #[inline(always)]
-    pub const fn has(self, other: Self) -> bool {
-        self.bits & other.bits == other.bits
-    }
-
-    /// Both sets together.
-    pub const fn with(self, other: Self) -> Self {
-        Self { bits: self.bits | other.bits }
-    }
 }
+
+bit_set!(VtepFlags);
 
 /// How to reach a VTEP: the finished header and what must be patched into it.
 #[repr(C)]
