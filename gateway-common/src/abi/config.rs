@@ -5,12 +5,19 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::Timeouts;
 use crate::wire::{Be16, Ipv4, Mac, Vni};
 
 /// How many overlays one gateway can serve.
 pub const MAX_OVERLAYS: usize = 4;
 /// How many VLANs of one interface can have roles.
 pub const MAX_VLANS: usize = 8;
+/// How many interfaces one gateway can drive; their index fits [`LastHop`](super::LastHop).
+pub const MAX_PORTS: usize = 16;
+/// How many rules say which clients are translated.
+pub const MAX_SNAT_RULES: usize = 32;
+/// How many SNAT addresses all pools have together.
+pub const MAX_SNAT_ADDRESSES: usize = 256;
 
 /// What an (interface, VLAN) may do: a set of bits.
 #[repr(C)]
@@ -41,6 +48,40 @@ pub struct VlanPort {
     pub vlan: u16,
     /// What it may do.
     pub roles: Roles,
+}
+
+/// An interface of the gateway, as a way out.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Port {
+    /// Interface index; 0 while the interface is absent.
+    pub ifindex: u32,
+    /// MAC address.
+    pub mac: Mac,
+    /// Largest IP packet that fits, bytes.
+    pub mtu: u16,
+}
+
+/// Which clients are translated for which pods, and to what. The first rule that matches counts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct SnatRule {
+    /// Clients: network address.
+    pub client: Ipv4,
+    /// Clients: mask, contiguous ones.
+    pub client_mask: Ipv4,
+    /// Destinations: network address.
+    pub destination: Ipv4,
+    /// Destinations: mask, contiguous ones.
+    pub destination_mask: Ipv4,
+    /// Overlay id.
+    pub overlay: u16,
+    /// Always 0.
+    pub pad: u16,
+    /// First of the rule's addresses in [`Config::snat_addresses`].
+    pub first: u16,
+    /// How many addresses; 0 routes without translation.
+    pub count: u16,
 }
 
 /// Switches of an overlay: a set of bits.
@@ -86,11 +127,24 @@ pub struct Overlay {
     pub mask: Ipv4,
     /// Switches.
     pub flags: OverlayFlags,
+    /// The lowest SNAT address, as a number.
+    pub snat_first: u32,
+    /// How many addresses from there to the highest SNAT address; 0 if there are none. Every SNAT address lies there,
+    /// also one that is being drained; other addresses may, too.
+    pub snat_span: u32,
+}
+
+impl Overlay {
+    /// Whether the address might be a SNAT address of this overlay.
+    #[inline(always)]
+    pub const fn may_be_snat(&self, address: Ipv4) -> bool {
+        u32::from_be_bytes(address.octets).wrapping_sub(self.snat_first) < self.snat_span
+    }
 }
 
 /// All constants of a program.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Config {
     /// Index of the interface this program is attached to.
     pub ifindex: u32,
@@ -108,6 +162,26 @@ pub struct Config {
     pub overlay_count: u32,
     /// The overlays.
     pub overlays: [Overlay; MAX_OVERLAYS],
+    /// Index of this interface in `ports`.
+    pub port: u32,
+    /// The interfaces. A session remembers its way out by the index, which outlives the interface.
+    pub ports: [Port; MAX_PORTS],
+    /// How many of `snat_rules` are used; 0 switches translation off.
+    pub snat_rule_count: u32,
+    /// Which clients are translated.
+    pub snat_rules: [SnatRule; MAX_SNAT_RULES],
+    /// SNAT addresses.
+    pub snat_addresses: [Ipv4; MAX_SNAT_ADDRESSES],
+    /// Entries of the slot table.
+    pub session_slots: u32,
+    /// How long sessions may be idle.
+    pub timeouts: Timeouts,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self::UNSET
+    }
 }
 
 impl Config {
@@ -121,6 +195,6 @@ impl Config {
 }
 
 const _: () = {
-    assert!(size_of::<Overlay>() == 28);
-    assert!(size_of::<Config>() == 20 + 4 * MAX_VLANS + 4 + 28 * MAX_OVERLAYS);
+    assert!(size_of::<Overlay>() == 36 && size_of::<Port>() == 12 && size_of::<SnatRule>() == 24);
+    assert!(MAX_PORTS <= 1 << 4);
 };

@@ -23,10 +23,18 @@ macro_rules! bit_set {
 
 mod config;
 mod outcome;
+mod session;
 mod tables;
 
-pub use config::{Config, MAX_OVERLAYS, MAX_VLANS, Overlay, OverlayFlags, Roles, VlanPort};
+pub use config::{
+    Config, MAX_OVERLAYS, MAX_PORTS, MAX_SNAT_ADDRESSES, MAX_SNAT_RULES, MAX_VLANS, Overlay, OverlayFlags,
+    Port, Roles, SnatRule, VlanPort,
+};
 pub use outcome::{Class, Counter, OUTCOME_CAPACITY, Outcome, OutcomeInfo, Severity};
+pub use session::{
+    Forward, ForwardKey, LastHop, Phase, Reverse, ReverseKey, SWEEP_CAPACITY, SessionEvent, Slot, State,
+    Sweep, SweepMode, TICK_SHIFT, Ticks, Timeouts, ticks,
+};
 pub use tables::{
     Egress, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
     LocalAddress, OverlayAddress, PrefixKey, Route, Vtep, VtepFlags, VtepSlot,
@@ -37,6 +45,10 @@ pub const VERSION: u32 = 1;
 
 /// Name of the XDP program in the object and in the kernel.
 pub const PROGRAM: &str = "gateway";
+
+/// Name of the program that removes sessions. It is never attached: the daemon runs it by `BPF_PROG_TEST_RUN` on a
+/// [`Sweep`].
+pub const SWEEP_PROGRAM: &str = "sweep";
 
 /// Symbol of the constants in the object's `.rodata`, a [`Config`].
 pub const CONFIG_SYMBOL: &str = "CONFIG";
@@ -59,8 +71,21 @@ pub mod map {
     /// PERCPU_ARRAY of [`Counter`](super::Counter) by [`Outcome`](super::Outcome) number.
     pub const COUNTERS: &str = "COUNTERS";
 
+    /// HASH of [`ForwardKey`](super::ForwardKey) to [`Forward`](super::Forward): sessions by the client's side.
+    pub const FORWARD: &str = "SESSION_FORWARD";
+    /// HASH of [`ReverseKey`](super::ReverseKey) to [`Reverse`](super::Reverse): sessions by the pod's side.
+    pub const REVERSE: &str = "SESSION_REVERSE";
+    /// ARRAY of [`Slot`](super::Slot): which session holds which slot.
+    pub const SLOTS: &str = "SESSION_SLOTS";
+    /// ARRAY of one counter: where the search for the next slot begins.
+    pub const HAND: &str = "SESSION_HAND";
+    /// PERCPU_ARRAY of counters by [`SessionEvent`](super::SessionEvent): what became of sessions.
+    pub const EVENTS: &str = "SESSION_EVENTS";
+
     /// Every table, in the order in which they are pinned.
-    pub const ALL: [&str; 7] = [PODS, PREFIXES, VTEPS, SOURCES, ADDRESSES, EGRESS, COUNTERS];
+    pub const ALL: [&str; 12] = [
+        PODS, PREFIXES, VTEPS, SOURCES, ADDRESSES, EGRESS, COUNTERS, FORWARD, REVERSE, SLOTS, HAND, EVENTS,
+    ];
 
     const _: () = {
         let mut i = 0;

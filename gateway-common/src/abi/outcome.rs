@@ -113,6 +113,11 @@ outcomes! {
     5 ArpReply "arp_reply" Forward Normal "ARP request from outside for a pod or its prefix, answered with this interface's MAC address.";
     6 ArpReplyTunnel "arp_reply_tunnel" Forward Normal "ARP request in the tunnel for an overlay address of the gateway, answered with the VTEP's MAC address.";
     7 TooBigReply "too_big_reply" Forward Notice "Larger than the path to the pod takes, with DF: the client gets ICMP fragmentation needed.";
+    8 SnatNew "snat_new" Forward Normal "First packet of a translated connection, sent to the pod.";
+    9 SnatForward "snat_forward" Forward Normal "Of a translated connection, sent to the pod.";
+    10 SnatReply "snat_reply" Forward Normal "From a pod, translated back and sent to the client.";
+    11 SnatErrorForward "snat_error_forward" Forward Normal "ICMP error about a translated connection, sent to the pod.";
+    12 SnatErrorReply "snat_error_reply" Forward Normal "ICMP error about a translated connection, sent to the client.";
 
     // Passed to the kernel as they came.
     16 NoRole "no_role" Pass Normal "Arrived on an interface or VLAN without a role.";
@@ -169,6 +174,22 @@ outcomes! {
     99 EcnIllegal "ecn_illegal" Drop Notice "Outer says congestion experienced, inner does not know ECN (RFC 6040).";
     100 TunnelToTunnel "tunnel_to_tunnel" Drop Suspect "From the tunnel towards the tunnel: nodes reach one another without us.";
     101 DirectSource "direct_source" Drop Suspect "Plain packet with a pod's source address that its directly reached node did not send.";
+
+    // Dropped because it cannot be translated; under SNAT nothing leaves untranslated.
+    104 SnatProtocol "snat_protocol" Drop Notice "Neither TCP, UDP nor ICMP echo (SCTP, ESP, other ICMP): cannot be translated.";
+    105 SnatFragment "snat_fragment" Drop Notice "Fragment of what would have to be translated; lower the sender's MTU or datagram size.";
+    106 SnatMalformed "snat_malformed" Drop Suspect "The transport header of what would have to be translated is truncated.";
+    107 SnatOptions "snat_options" Drop Notice "IPv4 options on what would have to be translated.";
+    108 SnatOversize "snat_oversize" Drop Notice "Larger than the path to the pod takes, may be fragmented, and would have to be translated.";
+    109 SnatTableFull "snat_table_full" Drop Fault "No room for a new session: all are established. Raise snat.max_sessions.";
+    110 SnatPortsExhausted "snat_ports_exhausted" Drop Fault "No free port towards this pod on the rule's SNAT addresses: add addresses to the pool.";
+    111 SnatRace "snat_race" Drop Notice "Another packet opened or ended the same session at this moment; the client sends again.";
+    112 SnatNoSession "snat_no_session" Drop Notice "To a SNAT address, but of no session: it expired, or the pod began on its own.";
+    113 SnatErrorUnrelated "snat_error_unrelated" Drop Suspect "ICMP error about no session of ours.";
+    114 SnatPodGone "snat_pod_gone" Drop Notice "The session's pod is gone; the session ends.";
+    115 SnatReplySource "snat_reply_source" Drop Suspect "Of a session, but from another node than its pod's.";
+    116 SnatReplyOversize "snat_reply_oversize" Drop Notice "From a pod, translated, and larger than the client's link takes.";
+    117 SnatNoPort "snat_no_port" Drop Fault "The interface that the session's client is behind is absent.";
 }
 
 impl Outcome {

@@ -51,7 +51,7 @@ impl Route {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct LocalAddress {
-    /// Bits: [`Self::KERNEL`], [`Self::OVERLAY`].
+    /// Bits: [`Self::KERNEL`], [`Self::OVERLAY`], [`Self::SNAT`].
     pub kind: u32,
     /// Interface that carries the address, 0 if none.
     pub ifindex: u32,
@@ -62,6 +62,8 @@ impl LocalAddress {
     pub const KERNEL: u32 = 1;
     /// It is an address of ours inside an overlay: ARP for it in the tunnel is answered with the VTEP's MAC.
     pub const OVERLAY: u32 = 2;
+    /// Clients are translated to it, or were until it was taken out of its pool.
+    pub const SNAT: u32 = 4;
 }
 
 /// Value of the egress table: how a frame leaves by an interface that the kernel's FIB names.
@@ -179,7 +181,10 @@ mod user {
     use aya::Pod;
 
     use crate::{
-        abi::{Config, Counter, Egress, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep},
+        abi::{
+            Config, Counter, Egress, Forward, ForwardKey, LocalAddress, OverlayAddress, PrefixKey, Reverse,
+            ReverseKey, Route, Slot, Vtep,
+        },
         wire::Ipv4,
     };
 
@@ -192,5 +197,20 @@ mod user {
         };
     }
 
-    pod!(Config, Counter, Egress, Ipv4, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep);
+    pod!(
+        Config,
+        Counter,
+        Egress,
+        Forward,
+        ForwardKey,
+        Ipv4,
+        LocalAddress,
+        OverlayAddress,
+        PrefixKey,
+        Reverse,
+        ReverseKey,
+        Route,
+        Slot,
+        Vtep
+    );
 }
