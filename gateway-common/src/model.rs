@@ -4,11 +4,15 @@
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
+    rc::Rc,
 };
 
 use crate::{
-    abi::{Config, Counter, Egress, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep},
-    engine::{Fib, FibQuery, Frame, Tables, Verdict, process},
+    abi::{
+        Config, Counter, Egress, Forward, ForwardKey, LocalAddress, OverlayAddress, PrefixKey, Reverse,
+        ReverseKey, Route, SessionEvent, State, Ticks, Vtep,
+    },
+    engine::{Fib, FibQuery, Frame, Inserted, Sessions, Tables, Verdict, process, session::Shared},
     wire::{Ipv4, Wire, view},
 };
 
@@ -100,6 +104,27 @@ pub struct HostTables {
     pub icmp_allowance: Cell<u32>,
     /// What was counted.
     pub counters: RefCell<BTreeMap<u32, Counter>>,
+    /// Sessions.
+    pub sessions: HostSessions,
+}
+
+/// The tables of sessions in ordinary maps. A clone shares them.
+#[derive(Clone, Debug, Default)]
+pub struct HostSessions {
+    /// The time.
+    pub now: Rc<Cell<Ticks>>,
+    /// By the client's side.
+    pub forward: Rc<RefCell<BTreeMap<ForwardKey, Rc<Shared<Forward>>>>>,
+    /// By the pod's side.
+    pub reverse: Rc<RefCell<BTreeMap<ReverseKey, Rc<Shared<Reverse>>>>>,
+    /// Holders of slots.
+    pub slots: Rc<RefCell<BTreeMap<u32, ReverseKey>>>,
+    /// Where the search for a slot begins.
+    pub hand: Rc<Cell<u32>>,
+    /// What became of sessions.
+    pub events: Rc<RefCell<BTreeMap<SessionEvent, u64>>>,
+    /// How many entries each of the two tables takes.
+    pub capacity: Option<usize>,
 }
 
 /// A modelled answer of the FIB.
@@ -128,6 +153,78 @@ impl HostTables {
 fn network(address: Ipv4, length: u8) -> Ipv4 {
     let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);
     Ipv4::new((u32::from_be_bytes(address.octets) & mask).to_be_bytes())
+}
+
+impl HostSessions {
+    fn insert<K: Ord + Copy, V>(
+        &self,
+        table: &RefCell<BTreeMap<K, Rc<Shared<V>>>>,
+        key: &K,
+        value: impl FnOnce() -> V,
+    ) -> Inserted {
+        let mut table = table.borrow_mut();
+        if table.contains_key(key) {
+            return Inserted::Exists;
+        }
+        if self.capacity.is_some_and(|capacity| table.len() >= capacity) {
+            return Inserted::Full;
+        }
+        table.insert(*key, Rc::new(Shared::new(value())));
+        Inserted::Done
+    }
+}
+
+impl Sessions for HostTables {
+    type Forward<'a> = Rc<Shared<Forward>>;
+    type Reverse<'a> = Rc<Shared<Reverse>>;
+
+    fn ticks(&self) -> Ticks {
+        self.sessions.now.get()
+    }
+
+    fn forward(&self, key: &ForwardKey) -> Option<Self::Forward<'_>> {
+        self.sessions.forward.borrow().get(key).cloned()
+    }
+
+    fn reverse(&self, key: &ReverseKey) -> Option<Self::Reverse<'_>> {
+        self.sessions.reverse.borrow().get(key).cloned()
+    }
+
+    fn insert_forward(&self, key: &ForwardKey, value: impl FnOnce() -> Forward) -> Inserted {
+        self.sessions.insert(&self.sessions.forward, key, value)
+    }
+
+    fn insert_reverse(&self, key: &ReverseKey, value: impl FnOnce() -> Reverse) -> Inserted {
+        self.sessions.insert(&self.sessions.reverse, key, value)
+    }
+
+    fn remove_forward(&self, key: &ForwardKey) {
+        self.sessions.forward.borrow_mut().remove(key);
+    }
+
+    fn remove_reverse(&self, key: &ReverseKey) {
+        self.sessions.reverse.borrow_mut().remove(key);
+    }
+
+    fn exchange(&self, session: &Shared<Reverse>, old: State, new: State) -> bool {
+        session.exchange(old, new)
+    }
+
+    fn advance_hand(&self, by: u32) -> u32 {
+        self.sessions.hand.replace(self.sessions.hand.get().wrapping_add(by))
+    }
+
+    fn slot(&self, index: u32) -> ReverseKey {
+        self.sessions.slots.borrow().get(&index).copied().unwrap_or_default()
+    }
+
+    fn set_slot(&self, index: u32, session: &ReverseKey) {
+        self.sessions.slots.borrow_mut().insert(index, *session);
+    }
+
+    fn note(&self, event: SessionEvent) {
+        *self.sessions.events.borrow_mut().entry(event).or_default() += 1;
+    }
 }
 
 impl Tables for HostTables {

@@ -2,6 +2,9 @@
 
 #![no_std]
 #![no_main]
+// Compare-and-swap of a map value has no stable form on this target (see `atomic`).
+#![feature(core_intrinsics)]
+#![expect(internal_features, reason = "as above; the toolchain is pinned")]
 #![expect(
     clippy::cast_possible_truncation,
     clippy::cast_possible_wrap,
@@ -9,16 +12,22 @@
     reason = "helpers give and take small numbers in 64-bit registers"
 )]
 
+mod atomic;
 mod frame;
 mod maps;
 
+use core::mem::offset_of;
+
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+    bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX},
     macros::xdp,
     programs::XdpContext,
 };
 use aya_log_ebpf::debug;
-use gateway_common::engine::{Action, Frame as _, process};
+use gateway_common::{
+    abi::{ReverseKey, SWEEP_CAPACITY, Sweep, SweepMode},
+    engine::{Action, Frame as _, process, session},
+};
 
 use crate::{frame::XdpFrame, maps::KernelTables};
 
@@ -37,6 +46,32 @@ fn gateway(context: XdpContext) -> u32 {
         Action::Transmit => XDP_TX,
         Action::Redirect(ifindex) => maps::redirect(ifindex),
     }
+}
+
+/// Removes sessions that the daemon names: see [`Sweep`](gateway_common::abi::Sweep). Never attached to an interface.
+#[xdp]
+#[expect(clippy::needless_pass_by_value, reason = "the macro's calling convention")]
+fn sweep(context: XdpContext) -> u32 {
+    let mut frame = XdpFrame::new(&context);
+    let tables = KernelTables::new(&context);
+    let Some(mode) = frame.read::<[u8; 4]>(offset_of!(Sweep, mode)).map(|code| SweepMode { code: u32::from_ne_bytes(*code) })
+    else {
+        return XDP_ABORTED;
+    };
+    for index in 0..SWEEP_CAPACITY {
+        let at = offset_of!(Sweep, sessions) + index * size_of::<ReverseKey>();
+        let Some(bytes) = frame.read::<[u8; size_of::<ReverseKey>()]>(at) else {
+            return XDP_ABORTED;
+        };
+        let key: ReverseKey = bytemuck::must_cast(*bytes);
+        if key.protocol != 0
+            && session::sweep(&tables, &key, mode)
+            && let Some(protocol) = frame.write::<[u8; 2]>(at + offset_of!(ReverseKey, protocol))
+        {
+            *protocol = [0; 2];
+        }
+    }
+    XDP_PASS
 }
 
 #[cfg(target_arch = "bpf")]

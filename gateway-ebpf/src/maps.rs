@@ -6,18 +6,24 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters,
+        BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST, bpf_fib_lookup as FibParameters,
     },
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie},
     helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_redirect},
     macros::btf_map,
     programs::XdpContext,
 };
+use bytemuck::Zeroable as _;
 use gateway_common::{
-    abi::{Config, Counter, Egress, LocalAddress, OUTCOME_CAPACITY, OverlayAddress, PrefixKey, Route, Vtep},
-    engine::{Fib, FibQuery, Tables},
+    abi::{
+        Config, Counter, Egress, Forward, ForwardKey, LocalAddress, OUTCOME_CAPACITY, OverlayAddress,
+        PrefixKey, Reverse, ReverseKey, Route, SessionEvent, Slot, State, TICK_SHIFT, Ticks, Vtep,
+    },
+    engine::{Fib, FibQuery, Inserted, Sessions, Tables, session::Shared},
     wire::{Ipv4, Mac},
 };
+
+use crate::atomic;
 
 // Sizes are defaults; the daemon sets those of its configuration when it loads the object.
 #[btf_map]
@@ -32,6 +38,16 @@ static SOURCES: HashMap<OverlayAddress, Route, 32_768> = HashMap::new();
 static ADDRESSES: HashMap<Ipv4, LocalAddress, 4096> = HashMap::new();
 #[btf_map]
 static EGRESS: HashMap<u32, Egress, 256> = HashMap::new();
+#[btf_map]
+static SESSION_FORWARD: HashMap<ForwardKey, Forward, 263_168> = HashMap::new();
+#[btf_map]
+static SESSION_REVERSE: HashMap<ReverseKey, Reverse, 263_168> = HashMap::new();
+#[btf_map]
+static SESSION_SLOTS: Array<Slot, 262_144> = Array::new();
+#[btf_map]
+static SESSION_HAND: Array<u64, 1> = Array::new();
+#[btf_map]
+static SESSION_EVENTS: PerCpuArray<u64, { SessionEvent::ALL.len() }> = PerCpuArray::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, { OUTCOME_CAPACITY as usize }> = PerCpuArray::new();
 
@@ -51,6 +67,16 @@ const PERIOD: u64 = 100_000_000;
 
 #[btf_map]
 static ICMP_LIMIT: PerCpuArray<Allowance, 1> = PerCpuArray::new();
+
+/// Where values are put together that would fill the stack.
+#[repr(C)]
+struct Scratch {
+    forward: Forward,
+    reverse: Reverse,
+}
+
+#[btf_map]
+static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
 /// Constants in `.rodata`, replaced by the loader. The cell keeps the compiler from using the initial value; the
 /// verifier, which sees the final one in a frozen map, folds it.
@@ -109,6 +135,122 @@ impl<'a> KernelTables<'a> {
     #[inline(always)]
     pub(crate) const fn new(context: &'a XdpContext) -> Self {
         Self { context }
+    }
+}
+
+/// How the kernel says that a key is there already (`EEXIST`), and that another CPU holds the bucket (`EBUSY`).
+const EXISTS: [i32; 2] = [-17, -16];
+
+#[inline(always)]
+fn inserted(result: Result<(), i32>) -> Inserted {
+    match result {
+        Ok(()) => Inserted::Done,
+        Err(code) if EXISTS.contains(&code) => Inserted::Exists,
+        Err(_) => Inserted::Full,
+    }
+}
+
+impl Sessions for KernelTables<'_> {
+    type Forward<'a>
+        = &'a Shared<Forward>
+    where
+        Self: 'a;
+    type Reverse<'a>
+        = &'a Shared<Reverse>
+    where
+        Self: 'a;
+
+    #[inline(always)]
+    fn ticks(&self) -> Ticks {
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_ktime_get_coarse_ns() };
+        (now >> TICK_SHIFT) as u32
+    }
+
+    #[inline(always)]
+    fn forward(&self, key: &ForwardKey) -> Option<Self::Forward<'_>> {
+        let entry = SESSION_FORWARD.get_ptr(key)?;
+        // SAFETY: `Shared` is transparent, and made for entries that others write; values of maps are never unmapped
+        // while a program runs.
+        Some(unsafe { &*entry.cast() })
+    }
+
+    #[inline(always)]
+    fn reverse(&self, key: &ReverseKey) -> Option<Self::Reverse<'_>> {
+        let entry = SESSION_REVERSE.get_ptr(key)?;
+        // SAFETY: as in `forward`.
+        Some(unsafe { &*entry.cast() })
+    }
+
+    #[inline(always)]
+    fn insert_forward(&self, key: &ForwardKey, value: impl FnOnce() -> Forward) -> Inserted {
+        let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+            return Inserted::Full;
+        };
+        // SAFETY: the entry belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
+        let scratch = unsafe { &mut (*scratch).forward };
+        *scratch = value();
+        inserted(SESSION_FORWARD.insert(key, &*scratch, BPF_NOEXIST.into()))
+    }
+
+    #[inline(always)]
+    fn insert_reverse(&self, key: &ReverseKey, value: impl FnOnce() -> Reverse) -> Inserted {
+        let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+            return Inserted::Full;
+        };
+        // SAFETY: as in `insert_forward`.
+        let scratch = unsafe { &mut (*scratch).reverse };
+        *scratch = value();
+        inserted(SESSION_REVERSE.insert(key, &*scratch, BPF_NOEXIST.into()))
+    }
+
+    #[inline(always)]
+    fn remove_forward(&self, key: &ForwardKey) {
+        // It may be gone already.
+        let _ = SESSION_FORWARD.remove(key);
+    }
+
+    #[inline(always)]
+    fn remove_reverse(&self, key: &ReverseKey) {
+        // As above.
+        let _ = SESSION_REVERSE.remove(key);
+    }
+
+    #[inline(always)]
+    fn exchange(&self, session: &Shared<Reverse>, old: State, new: State) -> bool {
+        atomic::exchange(session, old, new)
+    }
+
+    #[inline(always)]
+    fn advance_hand(&self, by: u32) -> u32 {
+        match SESSION_HAND.get_ptr_mut(0) {
+            Some(hand) => atomic::add(hand, u64::from(by)) as u32,
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> ReverseKey {
+        match SESSION_SLOTS.get(index) {
+            Some(slot) => slot.session,
+            None => ReverseKey::zeroed(),
+        }
+    }
+
+    #[inline(always)]
+    fn set_slot(&self, index: u32, session: &ReverseKey) {
+        if let Some(slot) = SESSION_SLOTS.get_ptr_mut(index) {
+            // SAFETY: the slot was taken by this CPU; a reader checks what it finds against the session.
+            unsafe { (*slot).session = *session };
+        }
+    }
+
+    #[inline(always)]
+    fn note(&self, event: SessionEvent) {
+        if let Some(counter) = SESSION_EVENTS.get_ptr_mut(event as u32) {
+            // SAFETY: the slot belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
+            unsafe { *counter += 1 };
+        }
     }
 }
 

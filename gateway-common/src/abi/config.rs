@@ -188,6 +188,43 @@ impl Config {
     /// All zero: no roles, no overlays. What the object holds until the loader replaces it.
     pub const UNSET: Self = bytemuck::zeroed();
 
+    /// Whether `address` lies in an overlay's own subnet: pods can answer it, so it is routed.
+    #[inline(always)]
+    pub fn is_own(&self, address: Ipv4) -> bool {
+        self.overlays().any(|(_, overlay)| address.in_subnet(overlay.subnet, overlay.mask))
+    }
+
+    /// The first rule for a client and a pod of this overlay.
+    #[inline(always)]
+    pub fn snat_rule(&self, overlay: u32, client: Ipv4, pod: Ipv4) -> Option<&SnatRule> {
+        self.snat_rules.iter().take(self.snat_rule_count as usize).find(|rule| {
+            u32::from(rule.overlay) == overlay
+                && client.in_subnet(rule.client, rule.client_mask)
+                && pod.in_subnet(rule.destination, rule.destination_mask)
+        })
+    }
+
+    /// An interface by its index.
+    #[inline(always)]
+    pub const fn port_at(&self, index: u16) -> &Port {
+        const { assert!(MAX_PORTS.is_power_of_two()) };
+        &self.ports[index as usize & (MAX_PORTS - 1)]
+    }
+
+    /// A SNAT address by its index.
+    #[inline(always)]
+    pub const fn snat_address(&self, index: u32) -> Ipv4 {
+        const { assert!(MAX_SNAT_ADDRESSES.is_power_of_two()) };
+        self.snat_addresses[index as usize & (MAX_SNAT_ADDRESSES - 1)]
+    }
+
+    /// An overlay by its id.
+    #[inline(always)]
+    pub const fn overlay(&self, id: u32) -> &Overlay {
+        const { assert!(MAX_OVERLAYS.is_power_of_two()) };
+        &self.overlays[id as usize & (MAX_OVERLAYS - 1)]
+    }
+
     /// The overlays in use, with their ids.
     pub fn overlays(&self) -> impl Iterator<Item = (u32, &Overlay)> {
         (0u32..).zip(self.overlays.iter().take(self.overlay_count as usize))

@@ -8,7 +8,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::wire::{Be16, Ipv4, Mac};
+use crate::{
+    flow::Flow,
+    wire::{Be16, Ipv4, Mac},
+};
 
 /// A unit of session time: 2^24 nanoseconds (16.8 ms) of the kernel's coarse monotonic clock. A power of two, because
 /// the program has no cheap division. 32 bits of them last 2.2 years; only differences are used.
@@ -30,8 +33,8 @@ pub const fn ticks(seconds: u32) -> Ticks {
     }
 }
 
-/// Key of the forward table: the connection as the client has it.
-#[repr(C)]
+/// Key of the forward table: the connection as the client has it. Aligned, because it is compared and copied in words.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct ForwardKey {
     /// The client.
@@ -43,13 +46,13 @@ pub struct ForwardKey {
     /// The destination's port; 0 for ICMP echo.
     pub destination_port: Be16,
     /// IP protocol number: TCP, UDP or ICMP.
-    pub protocol: u8,
+    pub protocol: u16,
     /// Always 0.
-    pub pad: [u8; 3],
+    pub pad: u16,
 }
 
 /// Key of the reverse table: the connection as the pod has it. It is unique by being a key, and so is the port.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct ReverseKey {
     /// The pod.
@@ -61,9 +64,7 @@ pub struct ReverseKey {
     /// The SNAT port; for ICMP echo the identifier.
     pub port: Be16,
     /// IP protocol number; 0 marks a free slot.
-    pub protocol: u8,
-    /// Always 0.
-    pub pad: u8,
+    pub protocol: u16,
     /// Overlay id.
     pub overlay: u16,
 }
@@ -133,7 +134,7 @@ pub struct Forward {
     /// When the session was opened.
     pub created: Ticks,
     /// Always 0.
-    pub reserved: [u32; 4],
+    pub reserved: [u64; 2],
 }
 
 /// Value of the reverse table: what a pod's packet needs, and the state of the session.
@@ -167,7 +168,9 @@ pub struct Reverse {
     /// When the session was opened.
     pub created: Ticks,
     /// Always 0.
-    pub reserved: [u32; 3],
+    pub pad: u32,
+    /// Always 0.
+    pub reserved: u64,
 }
 
 impl Reverse {
@@ -180,8 +183,49 @@ impl Reverse {
             client_port: self.client_port,
             destination_port: self.destination_port,
             protocol: key.protocol,
-            pad: [0; 3],
+            pad: 0,
         }
+    }
+}
+
+impl ReverseKey {
+    /// A hash over the whole key; see [`Reverse::tag`].
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "IP protocol numbers have 8 bits")]
+    pub const fn tag(&self) -> u32 {
+        Flow {
+            source: self.pod,
+            destination: self.address,
+            ports: u32::from_ne_bytes([
+                self.pod_port.bytes[0],
+                self.pod_port.bytes[1],
+                self.port.bytes[0],
+                self.port.bytes[1],
+            ]),
+            protocol: self.protocol as u8,
+        }
+        .hash()
+            ^ self.overlay as u32
+    }
+}
+
+impl ForwardKey {
+    /// The flow hash, which also spreads the flows over the tunnel's source ports; see [`Forward::tag`].
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "IP protocol numbers have 8 bits")]
+    pub const fn tag(&self) -> u32 {
+        Flow {
+            source: self.client,
+            destination: self.destination,
+            ports: u32::from_ne_bytes([
+                self.client_port.bytes[0],
+                self.client_port.bytes[1],
+                self.destination_port.bytes[0],
+                self.destination_port.bytes[1],
+            ]),
+            protocol: self.protocol as u8,
+        }
+        .hash()
     }
 }
 
@@ -195,7 +239,6 @@ impl Forward {
             pod_port: self.destination_port,
             port: self.source_port,
             protocol: key.protocol,
-            pad: 0,
             overlay: self.overlay,
         }
     }
@@ -359,9 +402,9 @@ impl Timeouts {
 
     /// How long a session in this state may be idle.
     #[inline(always)]
-    pub const fn of(&self, protocol: u8, state: State) -> Ticks {
-        const TCP: u8 = 6;
-        const UDP: u8 = 17;
+    pub const fn of(&self, protocol: u16, state: State) -> Ticks {
+        const TCP: u16 = 6;
+        const UDP: u16 = 17;
         /// Being claimed or removed takes microseconds; after this long, whoever did it is gone.
         const STUCK: Ticks = ticks(5);
         let opening = match state.phase() {

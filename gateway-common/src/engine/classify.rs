@@ -4,7 +4,7 @@ use network_types::{ip::Ipv4Hdr, udp::UdpHdr};
 
 use super::{Frame, Verdict};
 use crate::{
-    abi::{Config, Outcome, Roles},
+    abi::{Config, LastHop, Outcome, Roles},
     wire::{Be16, EtherType, Ethernet, Ipv4, Mac, Tag, TaggedEthernet},
 };
 
@@ -40,6 +40,16 @@ pub(super) fn link<F: Frame>(frame: &F, config: &Config) -> Result<Link, Verdict
     }
     let tag = frame.read::<Tag>(Ethernet::LEN).ok_or(Verdict::pass(Outcome::NotIp))?;
     Ok(Link { roles: roles_of(config, tag.vlan()), len: TaggedEthernet::LEN, kind: tag.kind, destination })
+}
+
+/// Where a frame came from.
+#[inline(always)]
+pub(super) fn last_hop<F: Frame>(frame: &F, config: &Config) -> LastHop {
+    let Some(link) = frame.read::<TaggedEthernet>(0) else {
+        return LastHop::default();
+    };
+    let vlan = if link.ethernet.kind == EtherType::VLAN { link.tag.vlan() } else { 0 };
+    LastHop::new(link.ethernet.src, config.port as u16, vlan)
 }
 
 /// Roles of a VLAN; a priority tag (VLAN 0) is the untagged network (802.1Q section 9.6).

@@ -5,7 +5,7 @@ use network_types::ip::Ipv4Hdr;
 use super::{Frame, Verdict};
 use crate::{
     abi::{
-        Config, HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
+        HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
         Outcome, VtepSlot,
     },
     checksum::{self, Sum},
@@ -85,28 +85,22 @@ impl<const L2: usize> TunnelHeader<L2> {
     }
 }
 
-/// Puts the slot's header in front of a packet that has `link_len` bytes of link header and `space` bytes behind it.
-/// `limit` is [`mss::limit`](super::mss::limit).
+/// Puts the slot's header in front of a packet that has `link_len` bytes of link header and `space` bytes behind it;
+/// where the packet's IP header is then.
 #[inline(always)]
 pub(super) fn to_vtep<F: Frame>(
     frame: &mut F,
-    config: &Config,
     link_len: usize,
     space: u32,
     slot: &VtepSlot,
     outer: Outer,
-    limit: u16,
-) -> Verdict {
-    let result = match slot.header_len {
+) -> Result<usize, Verdict> {
+    match slot.header_len {
         HEADER_VXLAN => tunnelled::<F, { Ethernet::LEN }>(frame, link_len, space, slot, outer),
         HEADER_VXLAN_TAGGED => tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer),
         HEADER_DIRECT => direct::<F, { Ethernet::LEN }>(frame, link_len, slot),
         HEADER_DIRECT_TAGGED => direct::<F, { TaggedEthernet::LEN }>(frame, link_len, slot),
         _ => Err(Verdict::drop(Outcome::VtepMissing)),
-    };
-    match result {
-        Ok(outcome) => Verdict::send(outcome, slot.ifindex, config).clamping(limit),
-        Err(verdict) => verdict,
     }
 }
 
@@ -117,12 +111,12 @@ fn tunnelled<F: Frame, const L2: usize>(
     space: u32,
     slot: &VtepSlot,
     outer: Outer,
-) -> Result<Outcome, Verdict> {
+) -> Result<usize, Verdict> {
     let routed: &mut Routed<TunnelHeader<L2>> = resized(frame, link_len, TunnelHeader::<L2>::LEN)?;
     routed.front = *TunnelHeader::<L2>::template(slot);
     routed.front.patch(slot, space, outer);
     hop(&mut routed.ip);
-    Ok(Outcome::Encap)
+    Ok(TunnelHeader::<L2>::LEN)
 }
 
 #[inline(always)]
@@ -130,11 +124,11 @@ fn direct<F: Frame, const L2: usize>(
     frame: &mut F,
     link_len: usize,
     slot: &VtepSlot,
-) -> Result<Outcome, Verdict> {
+) -> Result<usize, Verdict> {
     let routed: &mut Routed<[u8; L2]> = resized(frame, link_len, L2)?;
     routed.front = *view::prefix(&slot.header);
     hop(&mut routed.ip);
-    Ok(Outcome::RouteDirect)
+    Ok(L2)
 }
 
 /// How a packet leaves to the outside.
@@ -148,24 +142,25 @@ pub(super) struct Outward {
     pub ecn: Option<u8>,
 }
 
-/// Strips everything in front of the packet at `at`, and gives it a link header for the outside.
+/// Strips everything in front of the packet at `at`, and gives it a link header for the outside; where the packet's
+/// IP header is then.
 #[inline(always)]
-pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward) -> Result<(), Verdict> {
-    let ip = if outward.vlan == 0 {
+pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward) -> Result<usize, Verdict> {
+    let (at, ip) = if outward.vlan == 0 {
         let routed: &mut Routed<Ethernet> = resized(frame, at, Ethernet::LEN)?;
         routed.front = Ethernet { kind: EtherType::IPV4, ..outward.link };
-        &mut routed.ip
+        (Ethernet::LEN, &mut routed.ip)
     } else {
         let routed: &mut Routed<TaggedEthernet> = resized(frame, at, TaggedEthernet::LEN)?;
         let tag = Tag { tci: Be16::new(outward.vlan), kind: EtherType::IPV4 };
         routed.front = TaggedEthernet { ethernet: Ethernet { kind: EtherType::VLAN, ..outward.link }, tag };
-        &mut routed.ip
+        (TaggedEthernet::LEN, &mut routed.ip)
     };
     if let Some(ecn) = outward.ecn {
         set_ecn(ip, ecn);
     }
     hop(ip);
-    Ok(())
+    Ok(at)
 }
 
 /// Makes what stands in front of the IP packet `to` bytes long instead of `from`.

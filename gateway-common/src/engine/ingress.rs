@@ -5,7 +5,7 @@ use network_types::vxlan::VXLAN_I_FLAG_MASK;
 use super::{
     Frame, Tables, Verdict, arp,
     classify::{self, Link, Packet, Tunnel},
-    mss, outward,
+    mss, outward, session,
 };
 use crate::{
     abi::{Outcome, Overlay, OverlayAddress, OverlayFlags, Roles, VtepFlags},
@@ -75,6 +75,11 @@ pub(super) fn from_tunnel<F: Frame, T: Tables>(
         let short = matches!(flaw, classify::Flaw::Truncated) || inner_space < 20;
         Verdict::drop(if short { Outcome::InnerTruncated } else { Outcome::InnerMalformed })
     })?;
+    if overlay.may_be_snat(inner.destination) {
+        let vtep = sender.map(|sender| sender.vtep);
+        let ecn = decapsulated_ecn(outer.tos, inner.tos)?;
+        session::from_pod(frame, tables, inner, session::Sender { id, overlay, vtep, ecn })?;
+    }
     if let Some(sender) = sender {
         check_inner_source(tables, overlay, id, inner.source, sender.vtep)?;
     }
@@ -109,6 +114,10 @@ pub(super) fn from_direct_node<F: Frame, T: Tables>(
             let sender = frame.read::<Ethernet>(0).map(|ethernet| ethernet.src);
             if overlay.flags.has(OverlayFlags::SOURCE_CHECK) && sender != Some(vtep.slot().next_hop) {
                 return Err(Verdict::drop(Outcome::DirectSource));
+            }
+            if overlay.may_be_snat(packet.destination) {
+                let sender = session::Sender { id, overlay, vtep: Some(route.vtep), ecn: None };
+                session::from_pod(frame, tables, packet, sender)?;
             }
             let limit = mss::limit(overlay, vtep.slot().mtu);
             return match outward::route(frame, tables, packet, None, limit, Outcome::DirectIn) {

@@ -17,11 +17,12 @@ mod ingress;
 mod mss;
 mod outward;
 mod pod;
+pub mod session;
 mod tables;
 mod too_big;
 mod verdict;
 
-pub use tables::{Fib, FibQuery, Frame, Tables};
+pub use tables::{Fib, FibQuery, Frame, Inserted, Sessions, Tables};
 pub use verdict::{Action, Verdict};
 
 use crate::{
@@ -34,7 +35,7 @@ use crate::{
 pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
     let (Ok(verdict) | Err(verdict)) = decide(frame, tables);
     if verdict.mtu() != 0 {
-        let _ = mss::clamp(frame, verdict.number(), verdict.mtu());
+        let _ = mss::clamp(frame, verdict.is_tunnelled(), verdict.mtu());
     }
     verdict
 }

@@ -11,7 +11,7 @@ use super::{
     classify::{FRAGMENT_BITS, TCP},
 };
 use crate::{
-    abi::{Outcome, Overlay, OverlayFlags},
+    abi::{Overlay, OverlayFlags},
     checksum,
     wire::{Be16, EtherType, Ethernet, TaggedEthernet, TunnelHeaders},
 };
@@ -34,16 +34,15 @@ pub(super) fn limit(overlay: &Overlay, mtu: u16) -> u16 {
     if overlay.flags.has(OverlayFlags::CLAMP_MSS) { mtu } else { 0 }
 }
 
-/// Lowers the MSS option of a frame that leaves as `outcome`, if it is a SYN that announces more than fits `mtu` bytes.
-/// `None` if there is nothing to lower.
+/// Lowers the MSS option of a frame that leaves in the tunnel or plain, if it is a SYN that announces more than fits
+/// `mtu` bytes. `None` if there is nothing to lower.
 #[inline(always)]
-pub(super) fn clamp<F: Frame>(frame: &mut F, outcome: u32, mtu: u16) -> Option<()> {
+pub(super) fn clamp<F: Frame>(frame: &mut F, is_tunnelled: bool, mtu: u16) -> Option<()> {
     let link = match frame.read::<Ethernet>(0)?.kind {
         EtherType::VLAN => TaggedEthernet::LEN,
         _ => Ethernet::LEN,
     };
-    let encapsulated = outcome == Outcome::Encap.number();
-    let at = if encapsulated { link + size_of::<Ipv4Hdr>() + TunnelHeaders::LEN } else { link };
+    let at = if is_tunnelled { link + size_of::<Ipv4Hdr>() + TunnelHeaders::LEN } else { link };
     let ip = frame.read::<Ipv4Hdr>(at)?;
     if ip.proto != TCP || u16::from_be_bytes(ip.frags) & FRAGMENT_BITS != 0 {
         return None;

@@ -3,11 +3,14 @@
 use super::{
     Frame, Tables, Verdict,
     classify::{ICMP, Link, Packet, SCTP, TCP, UDP},
-    emit, mss, too_big,
+    emit, mss,
+    session::{self, Rewrite},
+    too_big,
 };
 use crate::{
-    abi::{Outcome, OverlayFlags, VtepFlags},
+    abi::{Outcome, OverlayFlags, Vtep, VtepFlags},
     flow::Flow,
+    wire::Ipv4,
 };
 
 const ECHO_REPLY: u8 = 0;
@@ -23,46 +26,135 @@ pub(super) fn from_outside<F: Frame, T: Tables>(
     packet: Packet,
 ) -> Result<(), Verdict> {
     let config = tables.config();
-    for (id, overlay) in config.overlays() {
-        let Some(route) = tables.route(id, packet.destination) else {
-            continue;
-        };
-        // A mistaken pod CIDR must not take this host off the network.
-        if tables.is_kernels(packet.destination) {
-            return Ok(());
-        }
-        if !packet.source.in_subnet(overlay.subnet, overlay.mask) {
-            return Err(Verdict::drop(Outcome::ClientForeign));
-        }
-        if packet.has_options() {
-            return Err(Verdict::pass(Outcome::IpOptions));
-        }
-        if packet.ttl <= 1 {
-            return Err(Verdict::pass(Outcome::TtlExpired));
-        }
-        let Some(vtep) = tables.vtep(route.vtep) else {
-            return Err(Verdict::drop(Outcome::VtepMissing));
-        };
-        let slot = vtep.slot();
-        if !slot.flags.has(VtepFlags::USED) {
-            return Err(Verdict::drop(Outcome::VtepMissing));
-        }
-        if !slot.flags.has(VtepFlags::READY) {
-            return Err(Verdict::drop(Outcome::VtepUnresolved));
-        }
-        if packet.space > u32::from(slot.mtu) {
-            if packet.fragment & DONT_FRAGMENT == 0 {
-                return Err(Verdict::pass(Outcome::Oversize));
-            }
-            let mtu = slot.mtu;
-            return Err(too_big::answer(frame, tables, link, packet, mtu));
-        }
-        let limit = mss::limit(overlay, slot.mtu);
-        let copy_df = overlay.flags.has(OverlayFlags::DF_INHERIT) && packet.fragment & DONT_FRAGMENT != 0;
-        let outer = emit::Outer { hash: flow(frame, packet).hash(), tos: packet.tos, dont_fragment: copy_df };
-        return Err(emit::to_vtep(frame, config, link.len, packet.space, slot, outer, limit));
+    let target = if config.snat_rule_count != 0 && !config.is_own(packet.source) {
+        session::from_client(frame, tables, packet)?
+    } else {
+        routed(frame, tables, packet)?
+    };
+    match target {
+        Some(target) => Err(deliver(frame, tables, link, packet, &target)),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// The way of a client that pods can answer.
+#[inline(always)]
+fn routed<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    packet: Packet,
+) -> Result<Option<Target<'t>>, Verdict> {
+    let Some(found) = find(tables, packet.destination) else {
+        return Ok(None);
+    };
+    let overlay = tables.config().overlay(found.overlay);
+    if !packet.source.in_subnet(overlay.subnet, overlay.mask) {
+        return Err(Verdict::drop(Outcome::ClientForeign));
+    }
+    route(frame, tables, packet, &found).map(Some)
+}
+
+/// Where a pod is.
+#[derive(Clone, Copy)]
+pub(super) struct Found {
+    /// Overlay id.
+    pub overlay: u32,
+    /// VTEP id.
+    pub vtep: u32,
+}
+
+/// Looks for a pod in every overlay.
+#[inline(always)]
+pub(super) fn find<T: Tables>(tables: &T, address: Ipv4) -> Option<Found> {
+    for (overlay, _) in tables.config().overlays() {
+        if let Some(route) = tables.route(overlay, address) {
+            // A mistaken pod CIDR must not take this host off the network.
+            return if tables.is_kernels(address) { None } else { Some(Found { overlay, vtep: route.vtep }) };
+        }
+    }
+    None
+}
+
+/// The way to a pod.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    /// Overlay id.
+    pub overlay: u32,
+    pub vtep: &'a Vtep,
+    /// Flow hash.
+    pub hash: u32,
+    /// What is counted; [`Outcome::Encap`] stands for the plain way too.
+    pub outcome: Outcome,
+    pub translation: Option<Rewrite>,
+}
+
+/// The way of a packet that goes as it is.
+#[inline(always)]
+pub(super) fn route<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    packet: Packet,
+    found: &Found,
+) -> Result<Target<'t>, Verdict> {
+    let vtep = tables.vtep(found.vtep).ok_or(Verdict::drop(Outcome::VtepMissing))?;
+    let hash = flow(frame, packet).hash();
+    Ok(Target { overlay: found.overlay, vtep, hash, outcome: Outcome::Encap, translation: None })
+}
+
+/// Sends a packet to its pod.
+#[inline(always)]
+fn deliver<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    link: Link,
+    packet: Packet,
+    target: &Target<'_>,
+) -> Verdict {
+    let config = tables.config();
+    let overlay = config.overlay(target.overlay);
+    if packet.has_options() {
+        return Verdict::pass(Outcome::IpOptions);
+    }
+    if packet.ttl <= 1 {
+        return Verdict::pass(Outcome::TtlExpired);
+    }
+    let slot = target.vtep.slot();
+    if !slot.flags.has(VtepFlags::USED) {
+        return Verdict::drop(Outcome::VtepMissing);
+    }
+    if !slot.flags.has(VtepFlags::READY) {
+        return Verdict::drop(Outcome::VtepUnresolved);
+    }
+    let dont_fragment = packet.fragment & DONT_FRAGMENT != 0;
+    if packet.space > u32::from(slot.mtu) {
+        return if dont_fragment {
+            too_big::answer(frame, tables, link, packet, slot.mtu)
+        } else if target.translation.is_some() {
+            Verdict::drop(Outcome::SnatOversize)
+        } else {
+            Verdict::pass(Outcome::Oversize)
+        };
+    }
+    let copy_df = overlay.flags.has(OverlayFlags::DF_INHERIT) && dont_fragment;
+    let outer = emit::Outer { hash: target.hash, tos: packet.tos, dont_fragment: copy_df };
+    let direct = slot.flags.has(VtepFlags::DIRECT);
+    match emit::to_vtep(frame, link.len, packet.space, slot, outer) {
+        Ok(at) => {
+            if let Some(rewrite) = target.translation
+                && session::translate(frame, at, rewrite, target.outcome).is_none()
+            {
+                return Verdict::drop(Outcome::ResizeFailed);
+            }
+            let outcome = match target.outcome {
+                Outcome::Encap if direct => Outcome::RouteDirect,
+                outcome => outcome,
+            };
+            let limit = mss::limit(overlay, slot.mtu);
+            Verdict::send(outcome, slot.ifindex, config).clamping(limit).tunnelled(!direct)
+        }
+        Err(verdict) if target.translation.is_some() => verdict.never_pass(),
+        Err(verdict) => verdict,
+    }
 }
 
 /// What tells the packet's flow apart. Fragments have no ports, and the first one must hash like the others.

@@ -1,7 +1,13 @@
 //! The two traits through which the engine sees the world.
 
+use core::ops::Deref;
+
+use super::session::Shared;
 use crate::{
-    abi::{Config, Egress, LocalAddress, OverlayAddress, PrefixKey, Route, Vtep},
+    abi::{
+        Config, Egress, Forward, ForwardKey, LocalAddress, OverlayAddress, PrefixKey, Reverse, ReverseKey,
+        Route, SessionEvent, State, Ticks, Vtep,
+    },
     wire::{Ipv4, Mac, Wire},
 };
 
@@ -70,8 +76,68 @@ pub enum Fib {
     Refused,
 }
 
+/// How an insertion ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inserted {
+    /// The entry is in the table.
+    Done,
+    /// The key was there already.
+    Exists,
+    /// The table has no room.
+    Full,
+}
+
+/// The tables of sessions. Every method is one atomic step; other CPUs work on the same tables.
+pub trait Sessions {
+    /// An entry of the forward table, where it lies.
+    type Forward<'a>: Deref<Target = Shared<Forward>>
+    where
+        Self: 'a;
+    /// An entry of the reverse table, where it lies.
+    type Reverse<'a>: Deref<Target = Shared<Reverse>>
+    where
+        Self: 'a;
+
+    /// The time.
+    fn ticks(&self) -> Ticks;
+
+    /// The session of a client's packet.
+    fn forward(&self, key: &ForwardKey) -> Option<Self::Forward<'_>>;
+
+    /// The session of a pod's packet.
+    fn reverse(&self, key: &ReverseKey) -> Option<Self::Reverse<'_>>;
+
+    /// Adds a forward entry that must not exist yet. The value is made where the stack does not hold it.
+    fn insert_forward(&self, key: &ForwardKey, value: impl FnOnce() -> Forward) -> Inserted;
+
+    /// Adds a reverse entry that must not exist yet; as above.
+    fn insert_reverse(&self, key: &ReverseKey, value: impl FnOnce() -> Reverse) -> Inserted;
+
+    /// Removes a forward entry, if it exists.
+    fn remove_forward(&self, key: &ForwardKey);
+
+    /// Removes a reverse entry, if it exists.
+    fn remove_reverse(&self, key: &ReverseKey);
+
+    /// Compare-and-swap of a session's state; whether it was `old`.
+    fn exchange(&self, session: &Shared<Reverse>, old: State, new: State) -> bool;
+
+    /// Moves the hand on by `by` slots; where it was. The same slots are given to nobody else until the hand has gone
+    /// round.
+    fn advance_hand(&self, by: u32) -> u32;
+
+    /// The session that holds a slot; all zero if none ever did.
+    fn slot(&self, index: u32) -> ReverseKey;
+
+    /// Gives a slot to a session.
+    fn set_slot(&self, index: u32, session: &ReverseKey);
+
+    /// Counts what became of a session.
+    fn note(&self, event: SessionEvent);
+}
+
 /// Tables, constants and the FIB.
-pub trait Tables {
+pub trait Tables: Sessions {
     /// Constants of this program.
     fn config(&self) -> &Config;
 

@@ -23,14 +23,15 @@ pub enum Action {
 /// verifier refuses the unaligned copies that the compiler makes of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// Interface index (32 bits), MTU to which SYNs are held (16 bits, 0 for none), action (8 bits), outcome number
-    /// (8 bits).
+    /// Interface index (32 bits), MTU to which SYNs are held (16 bits, 0 for none), whether it leaves in the tunnel
+    /// (1 bit), action (7 bits), outcome number (8 bits).
     word: u64,
 }
 
 const PASS: u64 = 0;
 const DROP: u64 = 1;
 const TRANSMIT: u64 = 2;
+const TUNNELLED: u64 = 1 << 15;
 
 impl Verdict {
     #[inline(always)]
@@ -48,6 +49,12 @@ impl Verdict {
     #[inline(always)]
     pub const fn drop(outcome: Outcome) -> Self {
         Self::new(outcome, DROP, 0)
+    }
+
+    /// The frame ends here, for an outcome that is known by its number.
+    #[inline(always)]
+    pub(super) const fn drop_numbered(number: u64) -> Self {
+        Self { word: DROP << 8 | number & 0xff }
     }
 
     /// The frame leaves by interface `ifindex`.
@@ -72,6 +79,24 @@ impl Verdict {
         (self.word >> 16) as u16
     }
 
+    /// The same for a frame that got tunnel headers.
+    #[inline(always)]
+    pub(super) const fn tunnelled(self, is: bool) -> Self {
+        Self { word: if is { self.word | TUNNELLED } else { self.word } }
+    }
+
+    /// What [`tunnelled`](Self::tunnelled) said.
+    #[inline(always)]
+    pub(super) const fn is_tunnelled(self) -> bool {
+        self.word & TUNNELLED != 0
+    }
+
+    /// The same, but what the kernel would get ends here: under translation nothing passes untranslated.
+    #[inline(always)]
+    pub(super) const fn never_pass(self) -> Self {
+        if self.word >> 8 & 0x7f == PASS { Self::drop(Outcome::ResizeFailed) } else { self }
+    }
+
     /// Number of the outcome: index of its counter.
     #[inline(always)]
     pub const fn number(self) -> u32 {
@@ -81,7 +106,7 @@ impl Verdict {
     /// What happens to the frame.
     #[inline(always)]
     pub const fn action(self) -> Action {
-        match (self.word >> 8) & 0xff {
+        match (self.word >> 8) & 0x7f {
             PASS => Action::Pass,
             DROP => Action::Drop,
             _ => match (self.word >> 32) as u32 {

@@ -12,7 +12,10 @@ use aya::{
     programs::{ProgramError, Xdp},
 };
 use gateway_common::{
-    abi::{CONFIG_SYMBOL, Config, MAX_OVERLAYS, MAX_VLANS, Overlay, OverlayFlags, PROGRAM, Roles, VlanPort},
+    abi::{
+        CONFIG_SYMBOL, Config, MAX_OVERLAYS, MAX_SNAT_RULES, MAX_VLANS, Overlay, OverlayFlags, PROGRAM, Port,
+        Roles, SWEEP_PROGRAM, SnatRule, Timeouts, VlanPort,
+    },
     wire::{Be16, Ipv4, Mac, Vni},
 };
 use serde::Serialize;
@@ -47,12 +50,20 @@ fn main() -> Result<()> {
     let mut inspection = Inspection { loads: BTreeMap::new(), maps: Vec::new() };
     for (name, config) in [
         ("one-overlay", config(1, 0, OverlayFlags::SOURCE_CHECK.with(OverlayFlags::CLAMP_MSS))),
-        ("everything", config(MAX_OVERLAYS, MAX_VLANS, all_flags())),
+        (
+            "one-overlay-snat",
+            with_snat(config(1, 0, OverlayFlags::SOURCE_CHECK.with(OverlayFlags::CLAMP_MSS)), 1),
+        ),
+        ("everything", with_snat(config(MAX_OVERLAYS, MAX_VLANS, all_flags()), MAX_SNAT_RULES)),
     ] {
-        let (load, maps) = load(&bytes, &config).with_context(|| format!("configuration {name}"))?;
+        let (load, maps) =
+            load(&bytes, PROGRAM, &config).with_context(|| format!("configuration {name}"))?;
         inspection.loads.insert(name, load);
         inspection.maps = maps;
     }
+    let config = with_snat(config(1, 0, OverlayFlags::NONE), 1);
+    let (sweep, _) = load(&bytes, SWEEP_PROGRAM, &config).context("the sweep")?;
+    inspection.loads.insert(SWEEP_PROGRAM, sweep);
     println!("{}", serde_json::to_string_pretty(&inspection)?);
     Ok(())
 }
@@ -88,19 +99,42 @@ fn config(overlays: usize, vlans: usize, flags: OverlayFlags) -> Config {
             subnet: Ipv4 { octets: [10, index, 0, 0] },
             mask: Ipv4 { octets: [255, 255, 255, 0] },
             flags,
+            snat_first: 0,
+            snat_span: 0,
         };
     }
     config
 }
 
-fn load(bytes: &[u8], config: &Config) -> Result<(Load, Vec<Map>)> {
+/// With this many rules, each of a pool of four addresses.
+fn with_snat(mut config: Config, rules: usize) -> Config {
+    config.snat_rule_count = u32::try_from(rules).unwrap_or(u32::MAX);
+    for (index, rule) in (0..).zip(config.snat_rules.iter_mut().take(rules)) {
+        *rule = SnatRule { overlay: index % 4, first: index * 4, count: 4, ..SnatRule::default() };
+    }
+    for (index, address) in (0..=u8::MAX).zip(&mut config.snat_addresses) {
+        *address = Ipv4 { octets: [10, 1, 0, index] };
+    }
+    for (index, port) in (2..).zip(&mut config.ports) {
+        *port = Port { ifindex: index, mac: config.mac, mtu: 1500 };
+    }
+    for overlay in &mut config.overlays {
+        overlay.snat_first = u32::from_be_bytes(overlay.subnet.octets);
+        overlay.snat_span = 256;
+    }
+    config.session_slots = 262_144;
+    config.timeouts = Timeouts::DEFAULT;
+    config
+}
+
+fn load(bytes: &[u8], name: &str, config: &Config) -> Result<(Load, Vec<Map>)> {
     let mut ebpf = EbpfLoader::new()
         .override_global(CONFIG_SYMBOL, config, true)
         .override_global(LOG_LEVEL, &0u8, true)
         .load(bytes)
         .context("cannot create the maps")?;
     let program: &mut Xdp =
-        ebpf.program_mut(PROGRAM).with_context(|| format!("no program {PROGRAM}"))?.try_into()?;
+        ebpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
     match program.load() {
         Ok(()) => {}
         Err(ProgramError::LoadError { io_error, verifier_log }) => {

@@ -253,6 +253,8 @@ fn config(ports: &Ports) -> Config {
         subnet: Ipv4::new(subnet),
         mask: Ipv4::new([255, 255, 255, 0]),
         flags,
+        snat_first: 0,
+        snat_span: 0,
     };
     let check = OverlayFlags::SOURCE_CHECK.with(OverlayFlags::CLAMP_MSS);
     let cilium = check.with(OverlayFlags::ALLOW_GBP).with(OverlayFlags::DF_INHERIT);

@@ -87,6 +87,8 @@ pub(super) fn gateway() -> HostTables {
         subnet: Ipv4::new([10, 244, 30, 0]),
         mask: Ipv4::new([255, 255, 255, 0]),
         flags: OverlayFlags::SOURCE_CHECK,
+        snat_first: 0,
+        snat_span: 0,
     };
     let mut config = Config::UNSET;
     config.ifindex = IFINDEX;
@@ -117,7 +119,7 @@ pub(super) fn gateway() -> HostTables {
         egress: [(OUTSIDE, Egress { ifindex: OUTSIDE, vlan: 0, kind: Egress::EXTERNAL })].into(),
         fib: [(Ipv4::new(CLIENT), FibEntry { answer: outward, mtu: 1500 })].into(),
         icmp_allowance: std::cell::Cell::new(u32::MAX),
-        counters: std::cell::RefCell::default(),
+        ..HostTables::default()
     }
 }
 

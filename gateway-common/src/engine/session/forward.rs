@@ -1,0 +1,195 @@
+//! From a client that pods cannot answer.
+
+use super::{
+    Shared,
+    store::{self, Opening},
+    track,
+    translate::Rewrite,
+    tuple::{self, Kind, Segment, Side},
+};
+use crate::{
+    abi::{Forward, ForwardKey, LastHop, Outcome, Phase, SessionEvent},
+    engine::{
+        Frame, Tables, Verdict,
+        classify::{self, Packet},
+        pod::{self, Target},
+    },
+    wire::Ipv4,
+};
+
+/// The way of a client's packet, translated if a rule says so; `None` if its destination is no pod.
+#[inline(always)]
+pub(in crate::engine) fn from_client<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
+    packet: Packet,
+) -> Result<Option<Target<'t>>, Verdict> {
+    let config = tables.config();
+    let last_hop = classify::last_hop(frame, config);
+    let mut opening = Opening::default();
+    let mut segment = Segment::default();
+    let refused = match tuple::kind(frame, packet, Side::Client) {
+        Kind::Flow(tuple, found) => {
+            segment = found;
+            opening.key = tuple.forward_key();
+            opening.tag = opening.key.tag();
+            if let Some(entry) = session(tables, &opening.key, opening.tag) {
+                refresh(tables, &entry, &opening.key, &segment, last_hop)?;
+                return target(tables, &entry, &opening, Outcome::SnatForward).map(Some);
+            }
+            None
+        }
+        Kind::Error(quoted) => {
+            opening.key = quoted.reversed().forward_key();
+            opening.tag = opening.key.tag();
+            if let Some(entry) = session(tables, &opening.key, opening.tag) {
+                return target(tables, &entry, &opening, Outcome::SnatErrorForward).map(Some);
+            }
+            Some(Outcome::SnatErrorUnrelated)
+        }
+        Kind::Fragment => Some(Outcome::SnatFragment),
+        Kind::Other => Some(Outcome::SnatProtocol),
+        Kind::Malformed => Some(Outcome::SnatMalformed),
+        Kind::Options => Some(Outcome::SnatOptions),
+    };
+    let Some(found) = pod::find(tables, packet.destination) else {
+        return Ok(None);
+    };
+    let Some(rule) = config.snat_rule(found.overlay, packet.source, packet.destination) else {
+        return Err(Verdict::drop(Outcome::ClientForeign));
+    };
+    if rule.count == 0 {
+        return pod::route(frame, tables, packet, &found).map(Some);
+    }
+    if let Some(reason) = refused {
+        return Err(Verdict::drop(reason));
+    }
+    // The end of a connection that is forgotten opens no session.
+    if segment.any(Segment::RST) {
+        return Err(Verdict::drop(Outcome::SnatNoSession));
+    }
+    let (vtep, generation) =
+        resolve(tables, found.overlay, packet.destination).ok_or(Verdict::drop(Outcome::SnatPodGone))?;
+    opening.overlay = found.overlay;
+    opening.vtep = vtep;
+    opening.generation = generation;
+    opening.last_hop = last_hop;
+    if let Some(refusal) = store::open(tables, rule, &opening).refusal() {
+        return Err(refusal);
+    }
+    match session(tables, &opening.key, opening.tag) {
+        Some(entry) => target(tables, &entry, &opening, Outcome::SnatNew).map(Some),
+        None => Err(Verdict::drop(Outcome::SnatRace)),
+    }
+}
+
+/// The session under a key.
+#[inline(always)]
+fn session<'t, T: Tables>(tables: &'t T, key: &ForwardKey, tag: u32) -> Option<T::Forward<'t>> {
+    tables.forward(key).filter(|entry| entry.tag() == tag)
+}
+
+/// Notes a packet of a session: when, whence, and what it says of the connection.
+#[inline(always)]
+fn refresh<T: Tables>(
+    tables: &T,
+    entry: &Shared<Forward>,
+    key: &ForwardKey,
+    segment: &Segment,
+    last_hop: LastHop,
+) -> Result<(), Verdict> {
+    let now = tables.ticks();
+    if super::is_stale(entry.seen(), now) {
+        entry.set_seen(now);
+    }
+    let moved = entry.last_hop() != last_hop;
+    let telling = segment.any(Segment::SYN | Segment::FIN | Segment::RST);
+    if entry.confirmed() != 0 && !moved && !telling {
+        return Ok(());
+    }
+    let reverse_key = entry.reverse_key(key);
+    let Some(reverse) = tables.reverse(&reverse_key) else {
+        // A session goes with its forward entry first, so this one is left over; the client sends again.
+        tables.remove_forward(key);
+        return Err(Verdict::drop(Outcome::SnatRace));
+    };
+    if reverse.tag() != reverse_key.tag() {
+        return Err(Verdict::drop(Outcome::SnatRace));
+    }
+    if moved {
+        entry.set_last_hop(last_hop);
+        reverse.set_last_hop(last_hop);
+    }
+    let state = reverse.state();
+    match state.phase() {
+        Phase::Dead => return Err(Verdict::drop(Outcome::SnatRace)),
+        // The packet that opens the session is still on its way, on another CPU.
+        Phase::Claimed => return Ok(()),
+        Phase::Opening | Phase::Live => {}
+    }
+    let new = track::by_client(state, key.protocol, segment);
+    if new != state {
+        // Who loses against a packet of the pod tries again with the next packet.
+        if tables.exchange(&reverse, state, new) {
+            if state.phase() == Phase::Opening && new.phase() == Phase::Live {
+                tables.note(SessionEvent::Confirmed);
+            }
+        } else {
+            return Ok(());
+        }
+    }
+    entry.set_confirmed(u16::from(track::is_settled(new)));
+    Ok(())
+}
+
+/// The way to the session's pod; looked up again when the VTEP's generation says that pods moved.
+#[inline(always)]
+fn target<'t, T: Tables>(
+    tables: &'t T,
+    entry: &Shared<Forward>,
+    opening: &Opening,
+    outcome: Outcome,
+) -> Result<Target<'t>, Verdict> {
+    let key = &opening.key;
+    let overlay = u32::from(entry.overlay());
+    let mut vtep = tables.vtep(entry.vtep()).ok_or(Verdict::drop(Outcome::VtepMissing))?;
+    if vtep.generation != entry.generation() {
+        let Some((id, generation)) = resolve(tables, overlay, entry.destination()) else {
+            end(tables, entry, key);
+            return Err(Verdict::drop(Outcome::SnatPodGone));
+        };
+        if id != entry.vtep() {
+            if let Some(reverse) = tables.reverse(&entry.reverse_key(key)) {
+                reverse.set_vtep(id);
+            }
+            entry.set_vtep(id);
+        }
+        entry.set_generation(generation);
+        vtep = tables.vtep(id).ok_or(Verdict::drop(Outcome::VtepMissing))?;
+    }
+    let rewrite = Rewrite::forward(entry, key.protocol);
+    Ok(Target { overlay, vtep, hash: opening.tag, outcome, translation: Some(rewrite) })
+}
+
+/// The VTEP of a pod and its generation. The generation is from before the look-up that counts: a pod that moves
+/// meanwhile raises it, and the next packet looks again.
+#[inline(always)]
+fn resolve<T: Tables>(tables: &T, overlay: u32, pod: Ipv4) -> Option<(u32, u32)> {
+    let first = tables.route(overlay, pod)?;
+    let generation = tables.vtep(first.vtep)?.generation;
+    let found = tables.route(overlay, pod)?;
+    let generation = if found == first { generation } else { generation.wrapping_sub(1) };
+    Some((found.vtep, generation))
+}
+
+/// Ends a session whose pod is gone.
+#[inline(always)]
+fn end<T: Tables>(tables: &T, entry: &Shared<Forward>, key: &ForwardKey) {
+    let reverse_key = entry.reverse_key(key);
+    if let Some(reverse) = tables.reverse(&reverse_key) {
+        let state = reverse.state();
+        if matches!(state.phase(), Phase::Opening | Phase::Live) {
+            store::remove(tables, &reverse_key, &reverse, state, SessionEvent::Flushed);
+        }
+    }
+}

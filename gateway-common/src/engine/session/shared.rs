@@ -1,0 +1,163 @@
+//! Table entries that other CPUs read and write at the same time.
+
+use core::cell::UnsafeCell;
+
+use crate::{
+    abi::{Forward, ForwardKey, LastHop, Reverse, ReverseKey, State, Ticks},
+    wire::{Be16, Ipv4},
+};
+
+/// An entry in its place in a table.
+///
+/// Fields are read and written one by one, each in one access; none is changed together with another. A reader that
+/// depends on several looks at the tag afterwards: the entry may have been recycled for another session.
+#[repr(transparent)]
+#[derive(Debug)]
+pub struct Shared<V>(UnsafeCell<V>);
+
+impl<V> Shared<V> {
+    /// An entry of the host's model.
+    #[cfg(any(test, feature = "model"))]
+    pub const fn new(value: V) -> Self {
+        Self(UnsafeCell::new(value))
+    }
+
+    /// Where the entry is, for atomic operations on a field.
+    #[inline(always)]
+    pub const fn as_ptr(&self) -> *mut V {
+        self.0.get()
+    }
+
+    /// The whole entry; not at one moment.
+    #[cfg(any(test, feature = "model"))]
+    pub fn get(&self) -> V
+    where
+        V: Copy,
+    {
+        // SAFETY: the pointer is valid; the host's model runs on one thread at a time.
+        unsafe { *self.0.get() }
+    }
+}
+
+#[cfg(any(test, feature = "model"))]
+impl Shared<Reverse> {
+    /// Compare-and-swap of the state, on one thread; whether it was `old`.
+    pub fn exchange(&self, old: State, new: State) -> bool {
+        let is_old = self.state() == old;
+        if is_old {
+            // SAFETY: the pointer is valid; the host's model runs on one thread at a time.
+            unsafe { (*self.0.get()).state = new };
+        }
+        is_old
+    }
+}
+
+macro_rules! fields {
+    ($entry:ident: $($(#[$doc:meta])* $field:ident $($set:ident)?: $type:ty;)+) => {
+        impl Shared<$entry> {
+            $(
+                $(#[$doc])*
+                #[inline(always)]
+                pub fn $field(&self) -> $type {
+                    // SAFETY: points into the entry, which outlives the borrow; any bit pattern is valid.
+                    unsafe { (&raw const (*self.0.get()).$field).read_volatile() }
+                }
+
+                $(
+                    /// Replaces the field above.
+                    #[inline(always)]
+                    pub fn $set(&self, value: $type) {
+                        // SAFETY: as for reading; aligned as the table's values are.
+                        unsafe { (&raw mut (*self.0.get()).$field).write_volatile(value) }
+                    }
+                )?
+            )+
+        }
+    };
+}
+
+fields! { Forward:
+    /// [`Forward::tag`].
+    tag: u32;
+    /// [`Forward::seen`].
+    seen set_seen: Ticks;
+    /// [`Forward::vtep`].
+    vtep set_vtep: u32;
+    /// [`Forward::generation`].
+    generation set_generation: u32;
+    /// [`Forward::last_hop`].
+    last_hop set_last_hop: LastHop;
+    /// [`Forward::source`].
+    source: Ipv4;
+    /// [`Forward::source_port`].
+    source_port: Be16;
+    /// [`Forward::confirmed`].
+    confirmed set_confirmed: u16;
+    /// [`Forward::destination`].
+    destination: Ipv4;
+    /// [`Forward::destination_port`].
+    destination_port: Be16;
+    /// [`Forward::overlay`].
+    overlay: u16;
+    /// [`Forward::header_delta`].
+    header_delta: u16;
+    /// [`Forward::transport_delta`].
+    transport_delta: u16;
+}
+
+fields! { Reverse:
+    /// [`Reverse::state`].
+    state: State;
+    /// [`Reverse::last_hop`].
+    last_hop set_last_hop: LastHop;
+    /// [`Reverse::tag`].
+    tag: u32;
+    /// [`Reverse::seen`].
+    seen set_seen: Ticks;
+    /// [`Reverse::vtep`].
+    vtep set_vtep: u32;
+    /// [`Reverse::slot`].
+    slot: u32;
+    /// [`Reverse::client`].
+    client: Ipv4;
+    /// [`Reverse::client_port`].
+    client_port: Be16;
+    /// [`Reverse::destination`].
+    destination: Ipv4;
+    /// [`Reverse::destination_port`].
+    destination_port: Be16;
+    /// [`Reverse::header_delta`].
+    header_delta: u16;
+    /// [`Reverse::transport_delta`].
+    transport_delta: u16;
+}
+
+impl Shared<Reverse> {
+    /// [`Reverse::forward_key`].
+    #[inline(always)]
+    pub fn forward_key(&self, key: &ReverseKey) -> ForwardKey {
+        ForwardKey {
+            client: self.client(),
+            destination: self.destination(),
+            client_port: self.client_port(),
+            destination_port: self.destination_port(),
+            protocol: key.protocol,
+            pad: 0,
+        }
+    }
+}
+
+impl Shared<Forward> {
+    /// [`Forward::reverse_key`].
+    #[inline(always)]
+    pub fn reverse_key(&self, key: &ForwardKey) -> ReverseKey {
+        ReverseKey {
+            pod: self.destination(),
+            address: self.source(),
+            pod_port: self.destination_port(),
+            port: self.source_port(),
+            protocol: key.protocol,
+            overlay: self.overlay(),
+        }
+    }
+}
