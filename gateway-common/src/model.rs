@@ -12,7 +12,10 @@ use crate::{
         Config, Counter, Egress, Forward, ForwardKey, LocalAddress, OverlayAddress, PrefixKey, Reverse,
         ReverseKey, Route, SessionEvent, State, Ticks, Vtep,
     },
-    engine::{Fib, FibQuery, Frame, Inserted, Sessions, Tables, Verdict, process, session::Shared},
+    engine::{
+        Fib, FibQuery, Frame, Inserted, Sessions, Tables, Verdict, process,
+        session::{Opening, Shared},
+    },
     wire::{Ipv4, Wire, view},
 };
 
@@ -224,6 +227,14 @@ impl Sessions for HostTables {
 
     fn note(&self, event: SessionEvent) {
         *self.sessions.events.borrow_mut().entry(event).or_default() += 1;
+    }
+
+    fn with_opening(&self, work: impl FnOnce(&mut Opening) -> u64) -> u64 {
+        work(&mut Opening::default())
+    }
+
+    fn repeat(&self, count: u32, step: impl FnMut(u32) -> bool) {
+        let _ = (0..count).map(step).any(|ends| ends);
     }
 }
 

@@ -54,7 +54,9 @@ fn gateway(context: XdpContext) -> u32 {
 fn sweep(context: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&context);
     let tables = KernelTables::new(&context);
-    let Some(mode) = frame.read::<[u8; 4]>(offset_of!(Sweep, mode)).map(|code| SweepMode { code: u32::from_ne_bytes(*code) })
+    let Some(mode) = frame
+        .read::<[u8; 4]>(offset_of!(Sweep, mode))
+        .map(|code| SweepMode { code: u32::from_ne_bytes(*code) })
     else {
         return XDP_ABORTED;
     };

@@ -1,6 +1,6 @@
 //! `Tables` over BPF maps, constants and helpers.
 
-use core::cell::UnsafeCell;
+use core::{cell::UnsafeCell, ffi::c_void};
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -9,7 +9,7 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST, bpf_fib_lookup as FibParameters,
     },
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie},
-    helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_redirect},
+    helpers::generated::{bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_loop, bpf_redirect},
     macros::btf_map,
     programs::XdpContext,
 };
@@ -19,7 +19,10 @@ use gateway_common::{
         Config, Counter, Egress, Forward, ForwardKey, LocalAddress, OUTCOME_CAPACITY, OverlayAddress,
         PrefixKey, Reverse, ReverseKey, Route, SessionEvent, Slot, State, TICK_SHIFT, Ticks, Vtep,
     },
-    engine::{Fib, FibQuery, Inserted, Sessions, Tables, session::Shared},
+    engine::{
+        Fib, FibQuery, Inserted, Sessions, Tables,
+        session::{Opening, Shared},
+    },
     wire::{Ipv4, Mac},
 };
 
@@ -73,6 +76,8 @@ static ICMP_LIMIT: PerCpuArray<Allowance, 1> = PerCpuArray::new();
 struct Scratch {
     forward: Forward,
     reverse: Reverse,
+    opening: Opening,
+    fib: FibParameters,
 }
 
 #[btf_map]
@@ -118,8 +123,8 @@ pub(crate) fn redirect(ifindex: u32) -> u32 {
     unsafe { bpf_redirect(ifindex, 0) as u32 }
 }
 
-/// A MAC address on the stack at an offset that is no multiple of 4: the verifier refuses wide loads there, and
-/// volatile ones of single bytes are not merged.
+/// A MAC address that may come to lie on the stack at an offset that is no multiple of 4: the verifier refuses wide
+/// accesses there, and volatile ones of single bytes are not merged.
 #[inline(always)]
 fn by_octets(octets: &[u8; 6]) -> Mac {
     // SAFETY: reads through a reference.
@@ -252,6 +257,29 @@ impl Sessions for KernelTables<'_> {
             unsafe { *counter += 1 };
         }
     }
+
+    #[inline(always)]
+    fn with_opening(&self, work: impl FnOnce(&mut Opening) -> u64) -> u64 {
+        match SCRATCH.get_ptr_mut(0) {
+            // SAFETY: as in `insert_forward`.
+            Some(scratch) => work(unsafe { &mut (*scratch).opening }),
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn repeat(&self, count: u32, mut step: impl FnMut(u32) -> bool) {
+        extern "C" fn call<S: FnMut(u32) -> bool>(index: u32, step: *mut S) -> i64 {
+            // SAFETY: the pointer that `repeat` gave, and nobody else uses the closure meanwhile.
+            i64::from(unsafe { (*step)(index) })
+        }
+        fn callback<S: FnMut(u32) -> bool>(_: &S) -> extern "C" fn(u32, *mut S) -> i64 {
+            call::<S>
+        }
+        let function = callback(&step);
+        // SAFETY: the helper calls the function with the closure, and returns after that.
+        unsafe { bpf_loop(count, function as *mut c_void, (&raw mut step).cast(), 0) };
+    }
 }
 
 impl Tables for KernelTables<'_> {
@@ -318,8 +346,13 @@ impl Tables for KernelTables<'_> {
 
     #[inline(always)]
     fn fib(&self, query: &FibQuery) -> Fib {
+        let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+            return Fib::Refused;
+        };
+        // SAFETY: as in `insert_forward`.
+        let parameters = unsafe { &mut (*scratch).fib };
         // SAFETY: a C struct of integers and unions of integers: all zero is a value of it.
-        let mut parameters: FibParameters = unsafe { core::mem::zeroed() };
+        *parameters = unsafe { core::mem::zeroed() };
         parameters.family = AF_INET;
         parameters.l4_protocol = query.protocol;
         parameters.ifindex = self.config().ifindex;
@@ -330,7 +363,7 @@ impl Tables for KernelTables<'_> {
         parameters.__bindgen_anon_4.ipv4_dst = query.destination.word();
         let size = size_of::<FibParameters>() as i32;
         // SAFETY: the parameters are initialised, and `size` is theirs.
-        let answer = unsafe { bpf_fib_lookup(self.context.as_ptr(), &raw mut parameters, size, 0) };
+        let answer = unsafe { bpf_fib_lookup(self.context.as_ptr(), &raw mut *parameters, size, 0) };
         match answer as u32 {
             BPF_FIB_LKUP_RET_SUCCESS => Fib::Forward {
                 ifindex: parameters.ifindex,

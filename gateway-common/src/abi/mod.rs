@@ -83,9 +83,8 @@ pub mod map {
     pub const EVENTS: &str = "SESSION_EVENTS";
 
     /// Every table, in the order in which they are pinned.
-    pub const ALL: [&str; 12] = [
-        PODS, PREFIXES, VTEPS, SOURCES, ADDRESSES, EGRESS, COUNTERS, FORWARD, REVERSE, SLOTS, HAND, EVENTS,
-    ];
+    pub const ALL: [&str; 12] =
+        [PODS, PREFIXES, VTEPS, SOURCES, ADDRESSES, EGRESS, COUNTERS, FORWARD, REVERSE, SLOTS, HAND, EVENTS];
 
     const _: () = {
         let mut i = 0;

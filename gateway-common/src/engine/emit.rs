@@ -5,8 +5,8 @@ use network_types::ip::Ipv4Hdr;
 use super::{Frame, Verdict};
 use crate::{
     abi::{
-        HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED,
-        Outcome, VtepSlot,
+        HEADER_CAPACITY, HEADER_DIRECT, HEADER_DIRECT_TAGGED, HEADER_VXLAN, HEADER_VXLAN_TAGGED, Outcome,
+        VtepSlot,
     },
     checksum::{self, Sum},
     flow,

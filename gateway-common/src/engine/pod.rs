@@ -141,7 +141,7 @@ fn deliver<F: Frame, T: Tables>(
     match emit::to_vtep(frame, link.len, packet.space, slot, outer) {
         Ok(at) => {
             if let Some(rewrite) = target.translation
-                && session::translate(frame, at, rewrite, target.outcome).is_none()
+                && session::to_pod(frame, at, rewrite, target.outcome).is_none()
             {
                 return Verdict::drop(Outcome::ResizeFailed);
             }

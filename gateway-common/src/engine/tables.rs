@@ -2,7 +2,7 @@
 
 use core::ops::Deref;
 
-use super::session::Shared;
+use super::session::{Opening, Shared};
 use crate::{
     abi::{
         Config, Egress, Forward, ForwardKey, LocalAddress, OverlayAddress, PrefixKey, Reverse, ReverseKey,
@@ -134,6 +134,13 @@ pub trait Sessions {
 
     /// Counts what became of a session.
     fn note(&self, event: SessionEvent);
+
+    /// Gives `work` room that is this CPU's alone, and what `work` gives; 0 if there is none, which does not happen.
+    fn with_opening(&self, work: impl FnOnce(&mut Opening) -> u64) -> u64;
+
+    /// Calls `step` with 0, 1 and so on below `count`, until it gives `true`. A loop of its own, so that a verifier
+    /// looks at one step and not at all of them.
+    fn repeat(&self, count: u32, step: impl FnMut(u32) -> bool);
 }
 
 /// Tables, constants and the FIB.

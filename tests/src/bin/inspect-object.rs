@@ -56,8 +56,7 @@ fn main() -> Result<()> {
         ),
         ("everything", with_snat(config(MAX_OVERLAYS, MAX_VLANS, all_flags()), MAX_SNAT_RULES)),
     ] {
-        let (load, maps) =
-            load(&bytes, PROGRAM, &config).with_context(|| format!("configuration {name}"))?;
+        let (load, maps) = load(&bytes, PROGRAM, &config).with_context(|| format!("configuration {name}"))?;
         inspection.loads.insert(name, load);
         inspection.maps = maps;
     }

@@ -1,9 +1,9 @@
 //! From a client that pods cannot answer.
 
+use bytemuck::Zeroable as _;
+
 use super::{
-    Shared,
-    store::{self, Opening},
-    track,
+    Shared, store, track,
     translate::Rewrite,
     tuple::{self, Kind, Segment, Side},
 };
@@ -26,24 +26,24 @@ pub(in crate::engine) fn from_client<'t, F: Frame, T: Tables>(
 ) -> Result<Option<Target<'t>>, Verdict> {
     let config = tables.config();
     let last_hop = classify::last_hop(frame, config);
-    let mut opening = Opening::default();
     let mut segment = Segment::default();
+    let mut key = ForwardKey::zeroed();
     let refused = match tuple::kind(frame, packet, Side::Client) {
         Kind::Flow(tuple, found) => {
             segment = found;
-            opening.key = tuple.forward_key();
-            opening.tag = opening.key.tag();
-            if let Some(entry) = session(tables, &opening.key, opening.tag) {
-                refresh(tables, &entry, &opening.key, &segment, last_hop)?;
-                return target(tables, &entry, &opening, Outcome::SnatForward).map(Some);
+            key = tuple.forward_key();
+            let tag = key.tag();
+            if let Some(entry) = session(tables, &key, tag) {
+                refresh(tables, &entry, &key, &segment, last_hop)?;
+                return target(tables, &entry, &key, tag, Outcome::SnatForward).map(Some);
             }
             None
         }
         Kind::Error(quoted) => {
-            opening.key = quoted.reversed().forward_key();
-            opening.tag = opening.key.tag();
-            if let Some(entry) = session(tables, &opening.key, opening.tag) {
-                return target(tables, &entry, &opening, Outcome::SnatErrorForward).map(Some);
+            key = quoted.reversed().forward_key();
+            let tag = key.tag();
+            if let Some(entry) = session(tables, &key, tag) {
+                return target(tables, &entry, &key, tag, Outcome::SnatErrorForward).map(Some);
             }
             Some(Outcome::SnatErrorUnrelated)
         }
@@ -70,15 +70,21 @@ pub(in crate::engine) fn from_client<'t, F: Frame, T: Tables>(
     }
     let (vtep, generation) =
         resolve(tables, found.overlay, packet.destination).ok_or(Verdict::drop(Outcome::SnatPodGone))?;
-    opening.overlay = found.overlay;
-    opening.vtep = vtep;
-    opening.generation = generation;
-    opening.last_hop = last_hop;
-    if let Some(refusal) = store::open(tables, rule, &opening).refusal() {
-        return Err(refusal);
+    let tag = key.tag();
+    let result = tables.with_opening(|opening| {
+        opening.key = key;
+        opening.tag = tag;
+        opening.overlay = found.overlay;
+        opening.vtep = vtep;
+        opening.generation = generation;
+        opening.last_hop = last_hop;
+        store::open(tables, rule, opening)
+    });
+    if result != 0 {
+        return Err(Verdict::drop_numbered(result));
     }
-    match session(tables, &opening.key, opening.tag) {
-        Some(entry) => target(tables, &entry, &opening, Outcome::SnatNew).map(Some),
+    match session(tables, &key, tag) {
+        Some(entry) => target(tables, &entry, &key, tag, Outcome::SnatNew).map(Some),
         None => Err(Verdict::drop(Outcome::SnatRace)),
     }
 }
@@ -147,10 +153,10 @@ fn refresh<T: Tables>(
 fn target<'t, T: Tables>(
     tables: &'t T,
     entry: &Shared<Forward>,
-    opening: &Opening,
+    key: &ForwardKey,
+    tag: u32,
     outcome: Outcome,
 ) -> Result<Target<'t>, Verdict> {
-    let key = &opening.key;
     let overlay = u32::from(entry.overlay());
     let mut vtep = tables.vtep(entry.vtep()).ok_or(Verdict::drop(Outcome::VtepMissing))?;
     if vtep.generation != entry.generation() {
@@ -168,7 +174,7 @@ fn target<'t, T: Tables>(
         vtep = tables.vtep(id).ok_or(Verdict::drop(Outcome::VtepMissing))?;
     }
     let rewrite = Rewrite::forward(entry, key.protocol);
-    Ok(Target { overlay, vtep, hash: opening.tag, outcome, translation: Some(rewrite) })
+    Ok(Target { overlay, vtep, hash: tag, outcome, translation: Some(rewrite) })
 }
 
 /// The VTEP of a pod and its generation. The generation is from before the look-up that counts: a pod that moves
@@ -189,7 +195,7 @@ fn end<T: Tables>(tables: &T, entry: &Shared<Forward>, key: &ForwardKey) {
     if let Some(reverse) = tables.reverse(&reverse_key) {
         let state = reverse.state();
         if matches!(state.phase(), Phase::Opening | Phase::Live) {
-            store::remove(tables, &reverse_key, &reverse, state, SessionEvent::Flushed);
+            store::remove(tables, &reverse_key, key, &reverse, state, SessionEvent::Flushed);
         }
     }
 }

@@ -22,8 +22,9 @@ mod tuple;
 pub(super) use forward::from_client;
 pub(super) use reverse::{Sender, from_pod};
 pub use shared::Shared;
+pub use store::Opening;
 pub use sweep::sweep;
-pub(super) use translate::{Rewrite, translate};
+pub(super) use translate::{Rewrite, to_pod};
 
 use super::Inserted;
 use crate::abi::{Ticks, ticks};

@@ -53,22 +53,26 @@ impl Shared<Reverse> {
 }
 
 macro_rules! fields {
-    ($entry:ident: $($(#[$doc:meta])* $field:ident $($set:ident)?: $type:ty;)+) => {
+    ($entry:ident: $($(#[$doc:meta])* $field:ident $($set:ident)?: $type:ty as $word:ty;)+) => {
         impl Shared<$entry> {
             $(
                 $(#[$doc])*
                 #[inline(always)]
                 pub fn $field(&self) -> $type {
-                    // SAFETY: points into the entry, which outlives the borrow; any bit pattern is valid.
-                    unsafe { (&raw const (*self.0.get()).$field).read_volatile() }
+                    const { assert!(core::mem::offset_of!($entry, $field) % size_of::<$word>() == 0) };
+                    // SAFETY: points into the entry, which outlives the borrow and is aligned for words; any bit
+                    // pattern is valid.
+                    let word: $word = unsafe { (&raw const (*self.0.get()).$field).cast::<$word>().read_volatile() };
+                    bytemuck::must_cast(word)
                 }
 
                 $(
                     /// Replaces the field above.
                     #[inline(always)]
                     pub fn $set(&self, value: $type) {
-                        // SAFETY: as for reading; aligned as the table's values are.
-                        unsafe { (&raw mut (*self.0.get()).$field).write_volatile(value) }
+                        let word: $word = bytemuck::must_cast(value);
+                        // SAFETY: as for reading.
+                        unsafe { (&raw mut (*self.0.get()).$field).cast::<$word>().write_volatile(word) }
                     }
                 )?
             )+
@@ -78,58 +82,58 @@ macro_rules! fields {
 
 fields! { Forward:
     /// [`Forward::tag`].
-    tag: u32;
+    tag: u32 as u32;
     /// [`Forward::seen`].
-    seen set_seen: Ticks;
+    seen set_seen: Ticks as u32;
     /// [`Forward::vtep`].
-    vtep set_vtep: u32;
+    vtep set_vtep: u32 as u32;
     /// [`Forward::generation`].
-    generation set_generation: u32;
+    generation set_generation: u32 as u32;
     /// [`Forward::last_hop`].
-    last_hop set_last_hop: LastHop;
+    last_hop set_last_hop: LastHop as u64;
     /// [`Forward::source`].
-    source: Ipv4;
+    source: Ipv4 as u32;
     /// [`Forward::source_port`].
-    source_port: Be16;
+    source_port: Be16 as u16;
     /// [`Forward::confirmed`].
-    confirmed set_confirmed: u16;
+    confirmed set_confirmed: u16 as u16;
     /// [`Forward::destination`].
-    destination: Ipv4;
+    destination: Ipv4 as u32;
     /// [`Forward::destination_port`].
-    destination_port: Be16;
+    destination_port: Be16 as u16;
     /// [`Forward::overlay`].
-    overlay: u16;
+    overlay: u16 as u16;
     /// [`Forward::header_delta`].
-    header_delta: u16;
+    header_delta: u16 as u16;
     /// [`Forward::transport_delta`].
-    transport_delta: u16;
+    transport_delta: u16 as u16;
 }
 
 fields! { Reverse:
     /// [`Reverse::state`].
-    state: State;
+    state: State as u64;
     /// [`Reverse::last_hop`].
-    last_hop set_last_hop: LastHop;
+    last_hop set_last_hop: LastHop as u64;
     /// [`Reverse::tag`].
-    tag: u32;
+    tag: u32 as u32;
     /// [`Reverse::seen`].
-    seen set_seen: Ticks;
+    seen set_seen: Ticks as u32;
     /// [`Reverse::vtep`].
-    vtep set_vtep: u32;
+    vtep set_vtep: u32 as u32;
     /// [`Reverse::slot`].
-    slot: u32;
+    slot: u32 as u32;
     /// [`Reverse::client`].
-    client: Ipv4;
+    client: Ipv4 as u32;
     /// [`Reverse::client_port`].
-    client_port: Be16;
+    client_port: Be16 as u16;
     /// [`Reverse::destination`].
-    destination: Ipv4;
+    destination: Ipv4 as u32;
     /// [`Reverse::destination_port`].
-    destination_port: Be16;
+    destination_port: Be16 as u16;
     /// [`Reverse::header_delta`].
-    header_delta: u16;
+    header_delta: u16 as u16;
     /// [`Reverse::transport_delta`].
-    transport_delta: u16;
+    transport_delta: u16 as u16;
 }
 
 impl Shared<Reverse> {

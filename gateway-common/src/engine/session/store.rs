@@ -13,68 +13,65 @@ use crate::{
         State, Ticks,
     },
     checksum::Sum,
-    engine::{Tables, Verdict, classify::ICMP},
+    engine::{Tables, classify::ICMP},
     wire::{Be16, Ipv4},
 };
 
 /// How many ports are tried after the client's own.
 pub(super) const PROBES: u32 = 16;
-/// How many slots are looked at, in windows that no other CPU looks at.
+/// How many steps the search for a slot has, in windows that no other CPU looks at.
 const SEARCH: u32 = 32;
 const WINDOW: u32 = 8;
 /// Ports that may stand in for a client's: all but the system ports (RFC 6335 section 6).
 const PORT_MIN: u16 = 1024;
 const PORT_COUNT: u64 = 65_536 - PORT_MIN as u64;
 
-/// A session to open.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Opening {
-    pub key: ForwardKey,
-    pub last_hop: LastHop,
-    pub tag: u32,
-    pub overlay: u32,
-    pub vtep: u32,
-    pub generation: u32,
+/// Room for opening a session. The kernel keeps it outside the stack.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Opening {
+    pub(super) key: ForwardKey,
+    pub(super) last_hop: LastHop,
+    pub(super) tag: u32,
+    pub(super) overlay: u32,
+    pub(super) vtep: u32,
+    pub(super) generation: u32,
+    /// The candidate, in the end what is claimed.
+    reverse: ReverseKey,
+    /// The forward key of the session that holds the candidate.
+    peer: ForwardKey,
+    now: Ticks,
+    /// The slot, once it is found.
+    slot: u32,
+    /// First slot of the window.
+    window: u32,
+    victim: Victim,
+    /// 0 while searching, [`FOUND`], or an outcome's number.
+    result: u32,
 }
 
-/// Whether a session was opened, in one register.
-#[derive(Clone, Copy)]
-pub(super) struct Opened(u64);
+/// No outcome has this number.
+const FOUND: u32 = u32::MAX;
 
-impl Opened {
-    const DONE: Self = Self(0);
-
-    #[inline(always)]
-    const fn refused(outcome: Outcome) -> Self {
-        Self(outcome.number() as u64)
-    }
-
-    /// The verdict if it was not.
-    #[inline(always)]
-    pub(super) const fn refusal(self) -> Option<Verdict> {
-        if self.0 == 0 { None } else { Some(Verdict::drop_numbered(self.0)) }
-    }
-}
-
-/// Opens a session, or finds that another CPU opened it at the same time.
+/// Opens a session, or finds that another CPU opened it at the same time. The number of the outcome if it cannot be
+/// opened, else 0.
 ///
 /// Not inlined: it has a stack frame of its own, and the way of all other packets stays short.
 #[inline(never)]
-pub(super) fn open<T: Tables>(tables: &T, rule: &SnatRule, opening: &Opening) -> Opened {
-    match try_open(tables, rule, opening) {
-        Ok(()) => Opened::DONE,
-        Err(outcome) => Opened::refused(outcome),
+pub(super) fn open<T: Tables>(tables: &T, rule: &SnatRule, opening: &mut Opening) -> u64 {
+    opening.now = tables.ticks();
+    take_slot(tables, opening);
+    if opening.result != FOUND {
+        return u64::from(opening.result);
     }
-}
-
-#[inline(always)]
-fn try_open<T: Tables>(tables: &T, rule: &SnatRule, opening: &Opening) -> Result<(), Outcome> {
-    let now = tables.ticks();
-    let slot = take_slot(tables, now)?;
-    let key = claim(tables, rule, opening, slot, now)?;
+    claim(tables, rule, opening);
+    if opening.result != FOUND {
+        return u64::from(opening.result);
+    }
+    let key = &opening.reverse;
     let forward = || Forward {
         tag: opening.tag,
-        seen: now,
+        seen: opening.now,
         vtep: opening.vtep,
         generation: opening.generation,
         last_hop: opening.last_hop,
@@ -85,27 +82,27 @@ fn try_open<T: Tables>(tables: &T, rule: &SnatRule, opening: &Opening) -> Result
         destination_port: key.pod_port,
         overlay: key.overlay,
         header_delta: header_delta(opening.key.client, key.address),
-        transport_delta: transport_delta(opening, &key),
-        created: now,
+        transport_delta: transport_delta(opening, key),
+        created: opening.now,
         reserved: [0; 2],
     };
     match tables.insert_forward(&opening.key, forward) {
         Inserted::Done => {}
         Inserted::Exists => {
-            tables.remove_reverse(&key);
-            return Ok(());
+            tables.remove_reverse(key);
+            return 0;
         }
         Inserted::Full => {
-            tables.remove_reverse(&key);
-            return Err(Outcome::SnatTableFull);
+            tables.remove_reverse(key);
+            return u64::from(Outcome::SnatTableFull.number());
         }
     }
-    tables.set_slot(slot, &key);
-    if let Some(claimed) = tables.reverse(&key) {
+    tables.set_slot(opening.slot, key);
+    if let Some(claimed) = tables.reverse(key) {
         tables.exchange(&claimed, State::new(Phase::Claimed), State::new(Phase::Opening));
     }
     tables.note(SessionEvent::Opened);
-    Ok(())
+    0
 }
 
 /// The sum of the addresses in the IP header, after minus before.
@@ -118,7 +115,8 @@ fn header_delta(old: Ipv4, new: Ipv4) -> u16 {
 /// The same of everything that the transport checksum covers. ICMP has no pseudo header (RFC 792).
 #[inline(always)]
 fn transport_delta(opening: &Opening, key: &ReverseKey) -> u16 {
-    let addresses = if opening.key.protocol == ICMP as u16 { 0 } else { header_delta(opening.key.client, key.address) };
+    let addresses =
+        if opening.key.protocol == ICMP as u16 { 0 } else { header_delta(opening.key.client, key.address) };
     Sum::new(addresses).remove(opening.key.client_port.bytes).add(key.port.bytes).fold()
 }
 
@@ -126,96 +124,74 @@ fn transport_delta(opening: &Opening, key: &ReverseKey) -> u16 {
 /// removed; if all ports are taken, so is the oldest session that is not established.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "overlay ids are below MAX_OVERLAYS")]
-fn claim<T: Tables>(
-    tables: &T,
-    rule: &SnatRule,
-    opening: &Opening,
-    slot: u32,
-    now: Ticks,
-) -> Result<ReverseKey, Outcome> {
-    let session = &opening.key;
-    let mut key = ReverseKey {
-        pod: session.destination,
+fn claim<T: Tables>(tables: &T, rule: &SnatRule, opening: &mut Opening) {
+    opening.reverse = ReverseKey {
+        pod: opening.key.destination,
         address: Ipv4::UNSPECIFIED,
-        pod_port: session.destination_port,
+        pod_port: opening.key.destination_port,
         port: Be16::default(),
-        protocol: session.protocol,
+        protocol: opening.key.protocol,
         overlay: opening.overlay as u16,
     };
-    let mut victim = Victim::NONE;
-    for probe in 0..=PROBES {
-        (key.address, key.port) = candidate(tables.config(), rule, opening, probe);
-        if let Some(occupant) = tables.reverse(&key) {
-            match judge(tables, &key, &occupant, now) {
-                Judgement::Kept => continue,
-                Judgement::Evictable(age) => {
-                    victim.consider(probe, age);
-                    continue;
-                }
-                Judgement::Expired(state) => {
-                    if !remove(tables, &key, &occupant, state, SessionEvent::Reclaimed) {
-                        continue;
-                    }
-                }
-            }
-        }
-        if insert(tables, opening, &key, slot, now)? {
-            return Ok(key);
-        }
+    opening.result = 0;
+    opening.victim = Victim::NONE;
+    // The last step takes the victim's port.
+    tables.repeat(PROBES + 2, |probe| probe_port(tables, rule, opening, probe));
+    if opening.result == 0 {
+        opening.result = Outcome::SnatPortsExhausted.number();
     }
-    if let Some(probe) = victim.index() {
-        (key.address, key.port) = candidate(tables.config(), rule, opening, probe);
-        if let Some(occupant) = tables.reverse(&key)
-            && !evict(tables, &key, &occupant)
-        {
-            return Err(Outcome::SnatRace);
-        }
-        if insert(tables, opening, &key, slot, now)? {
-            return Ok(key);
-        }
-        return Err(Outcome::SnatRace);
-    }
-    Err(Outcome::SnatPortsExhausted)
 }
 
-/// Inserts the reverse entry; `false` if another CPU was faster.
+/// Tries one port; `true` ends the search.
 #[inline(always)]
-fn insert<T: Tables>(
-    tables: &T,
-    opening: &Opening,
-    key: &ReverseKey,
-    slot: u32,
-    now: Ticks,
-) -> Result<bool, Outcome> {
-    let (client, destination) = (opening.key.client, opening.key.destination);
+fn probe_port<T: Tables>(tables: &T, rule: &SnatRule, opening: &mut Opening, step: u32) -> bool {
+    let last = step > PROBES;
+    let probe = if last { opening.victim.index } else { step };
+    if last && !opening.victim.is_some() {
+        return true;
+    }
+    (opening.reverse.address, opening.reverse.port) = candidate(tables.config(), rule, opening, probe);
+    if let Some(occupant) = tables.reverse(&opening.reverse)
+        && !clear(tables, opening, &occupant, last, probe)
+    {
+        return false;
+    }
+    match insert(tables, opening) {
+        Inserted::Done => opening.result = FOUND,
+        Inserted::Exists => return false,
+        Inserted::Full => opening.result = Outcome::SnatTableFull.number(),
+    }
+    true
+}
+
+/// Inserts the reverse entry.
+#[inline(always)]
+fn insert<T: Tables>(tables: &T, opening: &Opening) -> Inserted {
+    let key = &opening.reverse;
     // The answers change the other way round.
-    let addresses = header_delta(key.address, client);
-    let pseudo_header = if key.protocol == ICMP as u16 { 0 } else { addresses };
+    let addresses = header_delta(key.address, opening.key.client);
+    let pseudo_header = if key.protocol == u16::from(ICMP) { 0 } else { addresses };
     let reverse = || Reverse {
         state: State::new(Phase::Claimed),
         last_hop: opening.last_hop,
         tag: key.tag(),
-        seen: now,
+        seen: opening.now,
         vtep: opening.vtep,
-        slot,
-        client,
+        slot: opening.slot,
+        client: opening.key.client,
         client_port: opening.key.client_port,
         destination_port: opening.key.destination_port,
-        destination,
+        destination: opening.key.destination,
         header_delta: addresses,
         transport_delta: Sum::new(pseudo_header)
             .remove(key.port.bytes)
             .add(opening.key.client_port.bytes)
             .fold(),
-        created: now,
+        created: opening.now,
         pad: 0,
         reserved: 0,
     };
-    match tables.insert_reverse(key, reverse) {
-        Inserted::Done => Ok(true),
-        Inserted::Exists => Ok(false),
-        Inserted::Full => Err(Outcome::SnatTableFull),
-    }
+    tables.insert_reverse(key, reverse)
 }
 
 /// The address and port to try. A client keeps its address as long as that has ports (RFC 4787 REQ-2); half of the
@@ -223,7 +199,8 @@ fn insert<T: Tables>(
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "scaled to the range")]
 fn candidate(config: &Config, rule: &SnatRule, opening: &Opening, probe: u32) -> (Ipv4, Be16) {
-    let spread = (u64::from(opening.key.client.word()) ^ 0x9e37_79b9).wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32;
+    let spread =
+        (u64::from(opening.key.client.word()) ^ 0x9e37_79b9).wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32;
     let home = (spread * u64::from(rule.count)) >> 32;
     let away = if probe > PROBES / 2 { u64::from(probe) - u64::from(PROBES / 2) } else { 0 };
     let mut index = home + away % u64::from(rule.count.max(1));
@@ -239,34 +216,39 @@ fn candidate(config: &Config, rule: &SnatRule, opening: &Opening, probe: u32) ->
     (address, Be16::new(port))
 }
 
-/// What may be done with a session whose slot or port is needed.
-pub(super) enum Judgement {
-    /// Established, or somebody is at work on it.
-    Kept,
-    /// Not established; idle for so long.
-    Evictable(Ticks),
-    /// Idle for longer than its timeout, in this state.
-    Expired(State),
+/// Removes the session under `opening.reverse`, whose slot or port is needed, if that is allowed: it is expired, or
+/// `evicts` and not established. Otherwise notes it as a victim called `index`, if it might be evicted.
+#[inline(always)]
+fn clear<T: Tables>(
+    tables: &T,
+    opening: &mut Opening,
+    occupant: &Shared<Reverse>,
+    evicts: bool,
+    index: u32,
+) -> bool {
+    let state = occupant.state();
+    opening.peer = occupant.forward_key(&opening.reverse);
+    let idle = idle(tables, occupant, &opening.peer, opening.now);
+    let event = if idle > tables.config().timeouts.of(opening.reverse.protocol, state) {
+        SessionEvent::Reclaimed
+    } else if state.phase() != Phase::Opening {
+        return false;
+    } else if evicts {
+        SessionEvent::Evicted
+    } else {
+        opening.victim.consider(index, idle);
+        return false;
+    };
+    remove(tables, &opening.reverse, &opening.peer, occupant, state, event)
 }
 
-/// Judges a session by the later packet of both directions.
+/// How long a session has had no packet of either side.
 #[inline(always)]
-pub(super) fn judge<T: Tables>(tables: &T, key: &ReverseKey, occupant: &Shared<Reverse>, now: Ticks) -> Judgement {
-    let state = occupant.state();
-    let limit = tables.config().timeouts.of(key.protocol, state);
-    let mut idle = since(occupant.seen(), now);
-    if let Some(forward) = tables.forward(&occupant.forward_key(key)) {
-        idle = idle.min(since(forward.seen(), now));
-    }
-    if occupant.tag() != key.tag() {
-        return Judgement::Kept;
-    }
-    if idle > limit {
-        return Judgement::Expired(state);
-    }
-    match state.phase() {
-        Phase::Opening => Judgement::Evictable(idle),
-        _ => Judgement::Kept,
+pub(super) fn idle<T: Tables>(tables: &T, session: &Shared<Reverse>, peer: &ForwardKey, now: Ticks) -> Ticks {
+    let idle = since(session.seen(), now);
+    match tables.forward(peer) {
+        Some(forward) => idle.min(since(forward.seen(), now)),
+        None => idle,
     }
 }
 
@@ -278,104 +260,97 @@ fn since(seen: Ticks, now: Ticks) -> Ticks {
 }
 
 /// The evictable session that has been idle for longest.
-#[derive(Clone, Copy)]
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Victim {
-    /// Its number plus one; 0 for none.
-    number: u32,
+    is_some: u32,
+    /// Its probe, or its slot.
+    index: u32,
     age: Ticks,
 }
 
 impl Victim {
-    const NONE: Self = Self { number: 0, age: 0 };
+    const NONE: Self = Self { is_some: 0, index: 0, age: 0 };
+
+    #[inline(always)]
+    const fn is_some(&self) -> bool {
+        self.is_some != 0
+    }
 
     #[inline(always)]
     fn consider(&mut self, index: u32, age: Ticks) {
-        if self.number == 0 || age > self.age {
-            *self = Self { number: index + 1, age };
+        if !self.is_some() || age > self.age {
+            *self = Self { is_some: 1, index, age };
         }
     }
-
-    #[inline(always)]
-    const fn index(self) -> Option<u32> {
-        self.number.checked_sub(1)
-    }
 }
 
-/// Removes a session that is not established; `false` if it is by now, or another removes it.
-#[inline(always)]
-fn evict<T: Tables>(tables: &T, key: &ReverseKey, occupant: &Shared<Reverse>) -> bool {
-    let state = occupant.state();
-    matches!(state.phase(), Phase::Opening) && remove(tables, key, occupant, state, SessionEvent::Evicted)
-}
-
-/// Removes a session if it still is in `state`; `false` if it is not.
+/// Removes a session if it still is in `state`; `false` if it is not. `peer` is its forward key.
 #[inline(always)]
 pub(super) fn remove<T: Tables>(
     tables: &T,
     key: &ReverseKey,
-    occupant: &Shared<Reverse>,
+    peer: &ForwardKey,
+    session: &Shared<Reverse>,
     state: State,
     event: SessionEvent,
 ) -> bool {
     // The moment makes the word differ from that of a removal which got stuck.
     let dead = State::new(Phase::Dead).expecting(tables.ticks());
-    if !tables.exchange(occupant, state, dead) {
+    if !tables.exchange(session, state, dead) {
         return false;
     }
-    if occupant.tag() != key.tag() {
+    if session.tag() != key.tag() {
         // The entry was recycled in the meantime; its session looked the same.
-        tables.exchange(occupant, dead, state);
+        tables.exchange(session, dead, state);
         return false;
     }
-    let forward_key = occupant.forward_key(key);
-    tables.remove_forward(&forward_key);
+    tables.remove_forward(peer);
     tables.remove_reverse(key);
     tables.note(event);
     true
 }
 
-/// A free slot: its index.
+/// Finds a slot that is free, or frees one.
 #[inline(always)]
-fn take_slot<T: Tables>(tables: &T, now: Ticks) -> Result<u32, Outcome> {
-    let slots = tables.config().session_slots;
-    let mut base = 0;
-    let mut victim = Victim::NONE;
-    for step in 0..SEARCH {
-        if step % WINDOW == 0 {
-            base = tables.advance_hand(WINDOW);
-        }
-        let index = wrapped(base.wrapping_add(step % WINDOW), slots);
-        let key = tables.slot(index);
-        if key.protocol == 0 {
-            return Ok(index);
-        }
-        let Some(occupant) = tables.reverse(&key) else {
-            return Ok(index);
-        };
-        if occupant.slot() != index {
-            return Ok(index);
-        }
-        match judge(tables, &key, &occupant, now) {
-            Judgement::Kept => {}
-            Judgement::Evictable(age) => victim.consider(index, age),
-            Judgement::Expired(state) => {
-                if remove(tables, &key, &occupant, state, SessionEvent::Reclaimed) {
-                    return Ok(index);
-                }
-            }
-        }
-        if step % WINDOW == WINDOW - 1
-            && let Some(index) = victim.index()
-        {
-            let key = tables.slot(index);
-            match tables.reverse(&key) {
-                Some(occupant) if occupant.slot() == index && !evict(tables, &key, &occupant) => {}
-                _ => return Ok(index),
-            }
-            victim = Victim::NONE;
-        }
+fn take_slot<T: Tables>(tables: &T, opening: &mut Opening) {
+    opening.result = 0;
+    opening.victim = Victim::NONE;
+    tables.repeat(SEARCH, |step| probe_slot(tables, opening, step));
+    if opening.result == 0 {
+        opening.result = Outcome::SnatTableFull.number();
     }
-    Err(Outcome::SnatTableFull)
+}
+
+/// Looks at one slot, and at the end of a window takes that of its victim; `true` ends the search.
+#[inline(always)]
+fn probe_slot<T: Tables>(tables: &T, opening: &mut Opening, step: u32) -> bool {
+    let in_window = step % WINDOW;
+    if in_window == 0 {
+        opening.window = tables.advance_hand(WINDOW);
+    }
+    // The last step of a window takes the victim's slot; its own slot has its turn in another round.
+    let at_end = in_window == WINDOW - 1;
+    let index = if at_end {
+        if !opening.victim.is_some() {
+            return false;
+        }
+        opening.victim.index
+    } else {
+        wrapped(opening.window.wrapping_add(in_window), tables.config().session_slots)
+    };
+    opening.reverse = tables.slot(index);
+    let is_free = match tables.reverse(&opening.reverse) {
+        Some(occupant) if occupant.slot() == index => clear(tables, opening, &occupant, at_end, index),
+        _ => true,
+    };
+    if is_free {
+        opening.slot = index;
+        opening.result = FOUND;
+    } else if at_end {
+        opening.victim = Victim::NONE;
+    }
+    is_free
 }
 
 #[inline(always)]

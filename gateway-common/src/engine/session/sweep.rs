@@ -1,9 +1,7 @@
 //! What the daemon asks to be removed. Userspace has no compare-and-swap on table entries, so it lists sessions, and
 //! this removes them.
 
-use super::{
-    store::{self, Judgement},
-};
+use super::store;
 use crate::{
     abi::{Phase, ReverseKey, SessionEvent, SweepMode},
     engine::Tables,
@@ -16,13 +14,14 @@ pub fn sweep<T: Tables>(tables: &T, key: &ReverseKey, mode: SweepMode) -> bool {
         return false;
     };
     let state = session.state();
-    match (store::judge(tables, key, &session, tables.ticks()), mode) {
-        (Judgement::Expired(state), _) => {
-            store::remove(tables, key, &session, state, SessionEvent::Expired)
-        }
-        (_, SweepMode::ALL) if matches!(state.phase(), Phase::Opening | Phase::Live) => {
-            store::remove(tables, key, &session, state, SessionEvent::Flushed)
-        }
-        _ => false,
-    }
+    let peer = session.forward_key(key);
+    let idle = store::idle(tables, &session, &peer, tables.ticks());
+    let event = if idle > tables.config().timeouts.of(key.protocol, state) {
+        SessionEvent::Expired
+    } else if mode == SweepMode::ALL && matches!(state.phase(), Phase::Opening | Phase::Live) {
+        SessionEvent::Flushed
+    } else {
+        return false;
+    };
+    store::remove(tables, key, &peer, &session, state, event)
 }

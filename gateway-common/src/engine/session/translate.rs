@@ -18,7 +18,7 @@ use crate::{
 
 /// Which end of a packet changes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
+enum End {
     Source,
     Destination,
 }
@@ -62,7 +62,7 @@ impl Rewrite {
 /// Translates the packet to a pod at `at`, which is counted as `outcome`. `None` if the frame ends too early, which was
 /// ruled out before.
 #[inline(always)]
-pub(in crate::engine) fn translate<F: Frame>(
+pub(in crate::engine) fn to_pod<F: Frame>(
     frame: &mut F,
     at: usize,
     rewrite: Rewrite,
@@ -74,6 +74,20 @@ pub(in crate::engine) fn translate<F: Frame>(
     }
 }
 
+/// Translates the packet of a pod at `at`; as above.
+#[inline(always)]
+pub(super) fn to_client<F: Frame>(
+    frame: &mut F,
+    at: usize,
+    rewrite: Rewrite,
+    outcome: Outcome,
+) -> Option<()> {
+    match outcome {
+        Outcome::SnatErrorReply => error(frame, at, End::Destination, rewrite),
+        _ => packet(frame, at, End::Destination, rewrite),
+    }
+}
+
 const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
 const ICMP_CHECKSUM: usize = 2;
@@ -81,7 +95,7 @@ const ICMP_IDENTIFIER: usize = 4;
 
 /// Rewrites one end of the packet at `at`. `None` if the frame ends too early, which was ruled out before.
 #[inline(always)]
-pub(super) fn packet<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Option<()> {
+fn packet<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Option<()> {
     let ip = frame.write::<Ipv4Hdr>(at)?;
     match end {
         End::Source => ip.src_addr = rewrite.address.octets,
@@ -102,7 +116,7 @@ pub(super) fn packet<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewr
 /// Rewrites one end of the ICMP error at `at`, and the opposite end of the packet that it quotes, so that its receiver
 /// recognises what it sent (RFC 5508 section 4.2). The error itself may come from a router on the way.
 #[inline(always)]
-pub(super) fn error<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Option<()> {
+fn error<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Option<()> {
     let ip = frame.write::<Ipv4Hdr>(at)?;
     let new = rewrite.address.octets;
     let (old, opposite) = match end {
