@@ -7,3 +7,4 @@ mod encapsulation;
 mod fuzz;
 mod ingress;
 mod path_mtu;
+mod snat;
