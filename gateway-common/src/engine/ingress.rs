@@ -14,15 +14,54 @@ use crate::{
 
 const GBP_FLAG: u8 = 0x80;
 
-/// Takes a packet out of the tunnel (protocol order of Linux `vxlan_rcv`, and the source checks that it lacks).
+/// A packet of a pod that is on its way out.
+#[derive(Clone, Copy)]
+pub(super) struct Arrived<'a> {
+    pub packet: Packet,
+    /// Overlay id.
+    pub id: u32,
+    pub overlay: &'a Overlay,
+    /// VTEP id of the node that sent it; `None` if the outer source is no node's, which only an overlay without source
+    /// check admits.
+    pub vtep: Option<u32>,
+    /// New ECN bits, if they change.
+    pub ecn: Option<u8>,
+    /// What is counted if it is routed.
+    pub outcome: Outcome,
+}
+
+/// Sends a pod's packet to its client: back through its session, or by the kernel's FIB.
 #[inline(always)]
-pub(super) fn from_tunnel<F: Frame, T: Tables>(
+pub(super) fn to_client<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
+    arrived: Arrived<'_>,
+) -> Result<Verdict, Verdict> {
+    // The path back to the pod: 0 while it is not known.
+    let limit = match arrived.vtep.and_then(|vtep| tables.vtep(vtep)) {
+        Some(vtep) => mss::limit(arrived.overlay, vtep.slot().mtu),
+        None => 0,
+    };
+    if arrived.overlay.may_be_snat(arrived.packet.destination) {
+        session::from_pod(frame, tables, arrived, limit)?;
+    }
+    if arrived.outcome == Outcome::Decap
+        && let Some(vtep) = arrived.vtep
+    {
+        check_inner_source(tables, arrived.overlay, arrived.id, arrived.packet.source, vtep)?;
+    }
+    outward::route(frame, tables, arrived.packet, arrived.ecn, limit, arrived.outcome)
+}
+
+/// Takes a packet out of the tunnel (protocol order of Linux `vxlan_rcv`, and the source checks that it lacks).
+#[inline(always)]
+pub(super) fn from_tunnel<'t, F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &'t T,
     link: Link,
     outer: Packet,
     tunnel: Tunnel,
-) -> Result<Verdict, Verdict> {
+) -> Result<Arrived<'t>, Verdict> {
     if !link.roles.has(Roles::UNDERLAY) {
         return Err(Verdict::drop(Outcome::TunnelPortExternal));
     }
@@ -60,7 +99,9 @@ pub(super) fn from_tunnel<F: Frame, T: Tables>(
     match ethernet.kind {
         kind if kind == EtherType::IPV4 => {}
         kind if kind == EtherType::ARP => {
-            return arp::from_tunnel(frame, tables, overlay, sender, inner_at, inner_space);
+            let (Ok(verdict) | Err(verdict)) =
+                arp::from_tunnel(frame, tables, overlay, sender, inner_at, inner_space);
+            return Err(verdict);
         }
         kind if kind == EtherType::IPV6 => return Err(Verdict::drop(Outcome::InnerIpv6)),
         kind if kind == EtherType::VLAN || kind == EtherType::SERVICE_VLAN => {
@@ -75,31 +116,19 @@ pub(super) fn from_tunnel<F: Frame, T: Tables>(
         let short = matches!(flaw, classify::Flaw::Truncated) || inner_space < 20;
         Verdict::drop(if short { Outcome::InnerTruncated } else { Outcome::InnerMalformed })
     })?;
-    if overlay.may_be_snat(inner.destination) {
-        let vtep = sender.map(|sender| sender.vtep);
-        let ecn = decapsulated_ecn(outer.tos, inner.tos)?;
-        session::from_pod(frame, tables, inner, session::Sender { id, overlay, vtep, ecn })?;
-    }
-    if let Some(sender) = sender {
-        check_inner_source(tables, overlay, id, inner.source, sender.vtep)?;
-    }
     let ecn = decapsulated_ecn(outer.tos, inner.tos)?;
-    // The path back to the pod: 0 while it is not known.
-    let limit = match sender.and_then(|sender| tables.vtep(sender.vtep)) {
-        Some(vtep) => mss::limit(overlay, vtep.slot().mtu),
-        None => 0,
-    };
-    outward::route(frame, tables, inner, ecn, limit, Outcome::Decap)
+    let vtep = sender.map(|sender| sender.vtep);
+    Ok(Arrived { packet: inner, id, overlay, vtep, ecn, outcome: Outcome::Decap })
 }
 
-/// Forwards a plain packet of a pod whose node is reached without a tunnel (flannel's DirectRouting); `Ok` if it is
-/// something else. No outer source tells who sent it: the node's MAC address must.
+/// A plain packet of a pod whose node is reached without a tunnel (flannel's DirectRouting); `None` if it is something
+/// else. No outer source tells who sent it: the node's MAC address must.
 #[inline(always)]
-pub(super) fn from_direct_node<F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
+pub(super) fn from_direct_node<'t, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'t T,
     packet: Packet,
-) -> Result<(), Verdict> {
+) -> Result<Option<Arrived<'t>>, Verdict> {
     for (id, overlay) in tables.config().overlays() {
         if !packet.destination.in_subnet(overlay.subnet, overlay.mask) {
             continue;
@@ -115,17 +144,11 @@ pub(super) fn from_direct_node<F: Frame, T: Tables>(
             if overlay.flags.has(OverlayFlags::SOURCE_CHECK) && sender != Some(vtep.slot().next_hop) {
                 return Err(Verdict::drop(Outcome::DirectSource));
             }
-            if overlay.may_be_snat(packet.destination) {
-                let sender = session::Sender { id, overlay, vtep: Some(route.vtep), ecn: None };
-                session::from_pod(frame, tables, packet, sender)?;
-            }
-            let limit = mss::limit(overlay, vtep.slot().mtu);
-            return match outward::route(frame, tables, packet, None, limit, Outcome::DirectIn) {
-                Ok(verdict) | Err(verdict) => Err(verdict),
-            };
+            let vtep = Some(route.vtep);
+            return Ok(Some(Arrived { packet, id, overlay, vtep, ecn: None, outcome: Outcome::DirectIn }));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Every bit that the overlay does not allow must be 0, as Linux wants it (RFC 7348 would ignore them).

@@ -61,11 +61,15 @@ fn decide<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Result<Verdict, Ver
         return Err(Verdict::pass(reason));
     }
     let packet = classify::ipv4(frame, config, link)?;
-    if let Some(tunnel) = classify::tunnel(frame, config, packet)? {
-        return ingress::from_tunnel(frame, tables, link, packet, tunnel);
-    }
-    if link.roles.has(Roles::UNDERLAY) {
-        ingress::from_direct_node(frame, tables, packet)?;
+    let arrived = if let Some(tunnel) = classify::tunnel(frame, config, packet)? {
+        Some(ingress::from_tunnel(frame, tables, link, packet, tunnel)?)
+    } else if link.roles.has(Roles::UNDERLAY) {
+        ingress::from_direct_node(frame, tables, packet)?
+    } else {
+        None
+    };
+    if let Some(arrived) = arrived {
+        return ingress::to_client(frame, tables, arrived);
     }
     if link.roles.has(Roles::EXTERNAL) {
         pod::from_outside(frame, tables, link, packet)?;

@@ -20,7 +20,7 @@ mod translate;
 mod tuple;
 
 pub(super) use forward::from_client;
-pub(super) use reverse::{Sender, from_pod};
+pub(super) use reverse::from_pod;
 pub use shared::Shared;
 pub use store::Opening;
 pub use sweep::sweep;

@@ -6,36 +6,26 @@ use super::{
     tuple::{self, Kind, Segment, Side},
 };
 use crate::{
-    abi::{LocalAddress, Outcome, Overlay, OverlayFlags, Phase, Reverse},
+    abi::{LocalAddress, Outcome, OverlayFlags, Phase, Reverse},
     engine::{
         Frame, Tables, Verdict,
         classify::Packet,
         emit::{self, Outward},
-        mss,
+        ingress::Arrived,
     },
-    wire::{EtherType, Ethernet, Ipv4},
+    wire::{EtherType, Ethernet},
 };
 
-/// Which node a packet of a pod came from.
-#[derive(Clone, Copy)]
-pub(in crate::engine) struct Sender<'a> {
-    /// Overlay id.
-    pub id: u32,
-    pub overlay: &'a Overlay,
-    /// The node's VTEP id; `None` if the outer source is no node's, which only an overlay without source check admits.
-    pub vtep: Option<u32>,
-    /// New ECN bits.
-    pub ecn: Option<u8>,
-}
-
-/// Translates a pod's packet back and sends it to its client; `Ok` if its destination is no SNAT address.
+/// Translates a pod's packet back and sends it to its client; `Ok` if its destination is no SNAT address. `limit` is
+/// [`mss::limit`](crate::engine::mss::limit).
 #[inline(always)]
 pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    packet: Packet,
-    sender: Sender<'_>,
+    arrived: Arrived<'_>,
+    limit: u16,
 ) -> Result<(), Verdict> {
+    let packet = arrived.packet;
     let (tuple, segment, outcome, missing) = match tuple::kind(frame, packet, Side::Pod) {
         Kind::Flow(tuple, segment) => (tuple, segment, Outcome::SnatReply, Outcome::SnatNoSession),
         Kind::Error(quoted) => {
@@ -46,7 +36,7 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
         Kind::Malformed => return refuse(tables, packet, Outcome::SnatMalformed),
         Kind::Options => return refuse(tables, packet, Outcome::SnatOptions),
     };
-    let key = tuple.reverse_key(sender.id);
+    let key = tuple.reverse_key(arrived.id);
     let Some(entry) = tables.reverse(&key).filter(|entry| entry.tag() == key.tag()) else {
         return refuse(tables, packet, missing);
     };
@@ -54,7 +44,7 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
     if state.phase() == Phase::Dead {
         return refuse(tables, packet, missing);
     }
-    check_sender(tables, &entry, packet.source, sender, outcome)?;
+    check_sender(tables, &entry, arrived, outcome)?;
     if packet.ttl <= 1 {
         return Err(Verdict::pass(Outcome::OutTtlExpired));
     }
@@ -69,14 +59,9 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
     if outcome == Outcome::SnatReply {
         note(tables, &entry, key.protocol, &segment);
     }
-    // The path back to the pod: 0 while it is not known.
-    let limit = match sender.vtep.and_then(|vtep| tables.vtep(vtep)) {
-        Some(vtep) => mss::limit(sender.overlay, vtep.slot().mtu),
-        None => 0,
-    };
     let rewrite = Rewrite::reverse(&entry, key.protocol);
     let link = Ethernet { dst: hop.mac, src: port.mac, kind: EtherType::IPV4 };
-    let outward = Outward { link, vlan: hop.vlan(), ecn: sender.ecn };
+    let outward = Outward { link, vlan: hop.vlan(), ecn: arrived.ecn };
     let at = emit::to_outside(frame, packet.at, outward).map_err(Verdict::never_pass)?;
     translate::to_client(frame, at, rewrite, outcome).ok_or(Verdict::drop(Outcome::ResizeFailed))?;
     Err(Verdict::send(outcome, port.ifindex, tables.config()).clamping(limit))
@@ -113,21 +98,20 @@ fn refuse<T: Tables>(tables: &T, packet: Packet, reason: Outcome) -> Result<(), 
 fn check_sender<T: Tables>(
     tables: &T,
     entry: &Shared<Reverse>,
-    source: Ipv4,
-    sender: Sender<'_>,
+    arrived: Arrived<'_>,
     outcome: Outcome,
 ) -> Result<(), Verdict> {
-    if !sender.overlay.flags.has(OverlayFlags::SOURCE_CHECK) {
+    if !arrived.overlay.flags.has(OverlayFlags::SOURCE_CHECK) {
         return Ok(());
     }
-    let Some(vtep) = sender.vtep else {
+    let Some(vtep) = arrived.vtep else {
         return Err(Verdict::drop(Outcome::SnatReplySource));
     };
     let is_packet = outcome == Outcome::SnatReply;
     if is_packet && entry.vtep() == vtep {
         return Ok(());
     }
-    match tables.route(sender.id, source) {
+    match tables.route(arrived.id, arrived.packet.source) {
         Some(route) if route.vtep == vtep => {
             if is_packet {
                 entry.set_vtep(vtep);
