@@ -26,7 +26,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use gateway_common::{
     abi::{ReverseKey, SWEEP_CAPACITY, Sweep, SweepMode},
-    engine::{Action, Frame as _, process, session},
+    engine::{Action, Frame as _, Sessions as _, process, session},
 };
 
 use crate::{frame::XdpFrame, maps::KernelTables};
@@ -60,10 +60,11 @@ fn sweep(context: XdpContext) -> u32 {
     else {
         return XDP_ABORTED;
     };
-    for index in 0..SWEEP_CAPACITY {
-        let at = offset_of!(Sweep, sessions) + index * size_of::<ReverseKey>();
+    tables.repeat(SWEEP_CAPACITY as u32, |index| {
+        let at =
+            offset_of!(Sweep, sessions) + (index as usize & (SWEEP_CAPACITY - 1)) * size_of::<ReverseKey>();
         let Some(bytes) = frame.read::<[u8; size_of::<ReverseKey>()]>(at) else {
-            return XDP_ABORTED;
+            return true;
         };
         let key: ReverseKey = bytemuck::must_cast(*bytes);
         if key.protocol != 0
@@ -72,7 +73,8 @@ fn sweep(context: XdpContext) -> u32 {
         {
             *protocol = [0; 2];
         }
-    }
+        false
+    });
     XDP_PASS
 }
 

@@ -20,7 +20,7 @@ use gateway_common::{
         PrefixKey, Reverse, ReverseKey, Route, SessionEvent, Slot, State, TICK_SHIFT, Ticks, Vtep,
     },
     engine::{
-        Fib, FibQuery, Inserted, Sessions, Tables,
+        Fib, FibQuery, Inserted, Sessions, Tables, Verdict,
         session::{Opening, Shared},
     },
     wire::{Ipv4, Mac},
@@ -78,6 +78,7 @@ struct Scratch {
     reverse: Reverse,
     opening: Opening,
     fib: FibParameters,
+    verdict: Verdict,
 }
 
 #[btf_map]
@@ -342,6 +343,19 @@ impl Tables for KernelTables<'_> {
         }
         allowance.left -= 1;
         true
+    }
+
+    #[inline(always)]
+    fn forget(&self, verdict: Verdict) -> Verdict {
+        let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+            return verdict;
+        };
+        // SAFETY: as in `insert_forward`. Volatile, so that the compiler does not remember it either.
+        unsafe {
+            let place = &raw mut (*scratch).verdict;
+            place.write_volatile(verdict);
+            place.read_volatile()
+        }
     }
 
     #[inline(always)]

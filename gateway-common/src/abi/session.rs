@@ -133,8 +133,13 @@ pub struct Forward {
     pub transport_delta: u16,
     /// When the session was opened.
     pub created: Ticks,
+    /// IP protocol number, as in the key: the verifier forgets what a packet's protocol was when it is read from here,
+    /// and follows one way instead of one for each protocol.
+    pub protocol: u16,
     /// Always 0.
-    pub reserved: [u64; 2],
+    pub pad: [u16; 3],
+    /// Always 0.
+    pub reserved: u64,
 }
 
 /// Value of the reverse table: what a pod's packet needs, and the state of the session.
@@ -167,8 +172,10 @@ pub struct Reverse {
     pub transport_delta: u16,
     /// When the session was opened.
     pub created: Ticks,
+    /// As [`Forward::protocol`].
+    pub protocol: u16,
     /// Always 0.
-    pub pad: u32,
+    pub pad: u16,
     /// Always 0.
     pub reserved: u64,
 }
@@ -488,6 +495,7 @@ impl SweepMode {
 const _: () = {
     assert!(size_of::<ForwardKey>() == 16 && size_of::<ReverseKey>() == 16 && size_of::<Slot>() == 16);
     assert!(size_of::<Forward>() == 64 && size_of::<Reverse>() == 64);
+    assert!(SWEEP_CAPACITY.is_power_of_two());
     assert!(align_of::<Forward>() == 8 && align_of::<Reverse>() == 8);
     assert!(size_of::<LastHop>() == 8 && align_of::<LastHop>() == 8);
 };

@@ -33,9 +33,9 @@ use crate::{
 /// Decides what becomes of a frame, and edits it accordingly.
 #[inline(always)]
 pub fn process<F: Frame, T: Tables>(frame: &mut F, tables: &T) -> Verdict {
-    let (Ok(verdict) | Err(verdict)) = decide(frame, tables);
+    let (Ok(mut verdict) | Err(mut verdict)) = decide(frame, tables);
     if verdict.mtu() != 0 {
-        let _ = mss::clamp(frame, verdict.is_tunnelled(), verdict.mtu());
+        let _ = mss::clamp(frame, tables, &mut verdict);
     }
     verdict
 }

@@ -7,7 +7,7 @@
 use network_types::ip::Ipv4Hdr;
 
 use super::{
-    Frame,
+    Frame, Tables, Verdict,
     classify::{FRAGMENT_BITS, TCP},
 };
 use crate::{
@@ -34,15 +34,16 @@ pub(super) fn limit(overlay: &Overlay, mtu: u16) -> u16 {
     if overlay.flags.has(OverlayFlags::CLAMP_MSS) { mtu } else { 0 }
 }
 
-/// Lowers the MSS option of a frame that leaves in the tunnel or plain, if it is a SYN that announces more than fits
-/// `mtu` bytes. `None` if there is nothing to lower.
+/// Lowers the MSS option of a frame that leaves by `verdict`, if it is a SYN that announces more than fits
+/// [`Verdict::mtu`]. `None` if there is nothing to lower.
 #[inline(always)]
-pub(super) fn clamp<F: Frame>(frame: &mut F, is_tunnelled: bool, mtu: u16) -> Option<()> {
+pub(super) fn clamp<F: Frame, T: Tables>(frame: &mut F, tables: &T, verdict: &mut Verdict) -> Option<()> {
+    let mtu = verdict.mtu();
     let link = match frame.read::<Ethernet>(0)?.kind {
         EtherType::VLAN => TaggedEthernet::LEN,
         _ => Ethernet::LEN,
     };
-    let at = if is_tunnelled { link + size_of::<Ipv4Hdr>() + TunnelHeaders::LEN } else { link };
+    let at = if verdict.is_tunnelled() { link + size_of::<Ipv4Hdr>() + TunnelHeaders::LEN } else { link };
     let ip = frame.read::<Ipv4Hdr>(at)?;
     if ip.proto != TCP || u16::from_be_bytes(ip.frags) & FRAGMENT_BITS != 0 {
         return None;
@@ -53,6 +54,8 @@ pub(super) fn clamp<F: Frame>(frame: &mut F, is_tunnelled: bool, mtu: u16) -> Op
     if header[FLAGS] & SYN == 0 {
         return None;
     }
+    // From here on one way serves all outcomes.
+    *verdict = tables.forget(*verdict);
     let end = usize::from(header[12] >> 4) * 4;
     let mut at = HEADER;
     for _ in 0..OPTIONS {

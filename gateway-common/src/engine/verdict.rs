@@ -21,6 +21,7 @@ pub enum Action {
 ///
 /// One machine word: it travels through every early return, and as a structure it would lie on the stack, where the
 /// verifier refuses the unaligned copies that the compiler makes of it.
+#[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
     /// Interface index (32 bits), MTU to which SYNs are held (16 bits, 0 for none), whether it leaves in the tunnel

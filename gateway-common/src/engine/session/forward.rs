@@ -133,7 +133,7 @@ fn refresh<T: Tables>(
         Phase::Claimed => return Ok(()),
         Phase::Opening | Phase::Live => {}
     }
-    let new = track::by_client(state, key.protocol, segment);
+    let new = track::by_client(state, entry.protocol(), segment);
     if new != state {
         // Who loses against a packet of the pod tries again with the next packet.
         if tables.exchange(&reverse, state, new) {
@@ -173,7 +173,7 @@ fn target<'t, T: Tables>(
         entry.set_generation(generation);
         vtep = tables.vtep(id).ok_or(Verdict::drop(Outcome::VtepMissing))?;
     }
-    let rewrite = Rewrite::forward(entry, key.protocol);
+    let rewrite = Rewrite::forward(entry);
     Ok(Target { overlay, vtep, hash: tag, outcome, translation: Some(rewrite) })
 }
 

@@ -57,9 +57,9 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
         return Err(Verdict::drop(Outcome::SnatReplyOversize));
     }
     if outcome == Outcome::SnatReply {
-        note(tables, &entry, key.protocol, &segment);
+        note(tables, &entry, &segment);
     }
-    let rewrite = Rewrite::reverse(&entry, key.protocol);
+    let rewrite = Rewrite::reverse(&entry);
     let link = Ethernet { dst: hop.mac, src: port.mac, kind: EtherType::IPV4 };
     let outward = Outward { link, vlan: hop.vlan(), ecn: arrived.ecn };
     let at = emit::to_outside(frame, packet.at, outward).map_err(Verdict::never_pass)?;
@@ -69,11 +69,12 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
 
 /// Notes a packet of a session: when, and what it says of the connection.
 #[inline(always)]
-fn note<T: Tables>(tables: &T, entry: &Shared<Reverse>, protocol: u16, segment: &Segment) {
+fn note<T: Tables>(tables: &T, entry: &Shared<Reverse>, segment: &Segment) {
     let now = tables.ticks();
     if super::is_stale(entry.seen(), now) {
         entry.set_seen(now);
     }
+    let protocol = entry.protocol();
     let state = entry.state();
     let new = track::by_pod(state, protocol, segment);
     if new != state && !tables.exchange(entry, state, new) {

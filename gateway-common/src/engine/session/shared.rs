@@ -107,6 +107,8 @@ fields! { Forward:
     header_delta: u16 as u16;
     /// [`Forward::transport_delta`].
     transport_delta: u16 as u16;
+    /// [`Forward::protocol`].
+    protocol: u16 as u16;
 }
 
 fields! { Reverse:
@@ -134,6 +136,8 @@ fields! { Reverse:
     header_delta: u16 as u16;
     /// [`Reverse::transport_delta`].
     transport_delta: u16 as u16;
+    /// [`Reverse::protocol`].
+    protocol: u16 as u16;
 }
 
 impl Shared<Reverse> {

@@ -84,7 +84,9 @@ pub(super) fn open<T: Tables>(tables: &T, rule: &SnatRule, opening: &mut Opening
         header_delta: header_delta(opening.key.client, key.address),
         transport_delta: transport_delta(opening, key),
         created: opening.now,
-        reserved: [0; 2],
+        protocol: key.protocol,
+        pad: [0; 3],
+        reserved: 0,
     };
     match tables.insert_forward(&opening.key, forward) {
         Inserted::Done => {}
@@ -188,6 +190,7 @@ fn insert<T: Tables>(tables: &T, opening: &Opening) -> Inserted {
             .add(opening.key.client_port.bytes)
             .fold(),
         created: opening.now,
+        protocol: key.protocol,
         pad: 0,
         reserved: 0,
     };

@@ -36,25 +36,25 @@ pub(in crate::engine) struct Rewrite {
 impl Rewrite {
     /// From the client to the SNAT address.
     #[inline(always)]
-    pub(super) fn forward(entry: &Shared<Forward>, protocol: u16) -> Self {
+    pub(super) fn forward(entry: &Shared<Forward>) -> Self {
         Self {
             address: entry.source(),
             port: entry.source_port(),
             header_delta: entry.header_delta(),
             transport_delta: entry.transport_delta(),
-            protocol,
+            protocol: entry.protocol(),
         }
     }
 
     /// From the SNAT address to the client.
     #[inline(always)]
-    pub(super) fn reverse(entry: &Shared<Reverse>, protocol: u16) -> Self {
+    pub(super) fn reverse(entry: &Shared<Reverse>) -> Self {
         Self {
             address: entry.client(),
             port: entry.client_port(),
             header_delta: entry.header_delta(),
             transport_delta: entry.transport_delta(),
-            protocol,
+            protocol: entry.protocol(),
         }
     }
 }
