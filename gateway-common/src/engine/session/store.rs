@@ -55,9 +55,7 @@ const FOUND: u32 = u32::MAX;
 
 /// Opens a session, or finds that another CPU opened it at the same time. The number of the outcome if it cannot be
 /// opened, else 0.
-///
-/// Not inlined: it has a stack frame of its own, and the way of all other packets stays short.
-#[inline(never)]
+#[inline(always)]
 pub(super) fn open<T: Tables>(tables: &T, rule: &SnatRule, opening: &mut Opening) -> u64 {
     opening.now = tables.ticks();
     take_slot(tables, opening);
