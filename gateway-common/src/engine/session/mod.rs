@@ -26,8 +26,12 @@ pub use store::Opening;
 pub use sweep::sweep;
 pub(super) use translate::{Rewrite, to_pod};
 
-use super::Inserted;
+use super::{Inserted, classify};
 use crate::abi::{Ticks, ticks};
+
+/// IP protocol numbers as they stand in keys.
+const ICMP: u16 = classify::ICMP as u16;
+const TCP: u16 = classify::TCP as u16;
 
 /// How often a hit writes when it was.
 const TOUCH: Ticks = ticks(1);

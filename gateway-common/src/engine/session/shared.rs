@@ -59,10 +59,11 @@ macro_rules! fields {
                 $(#[$doc])*
                 #[inline(always)]
                 pub fn $field(&self) -> $type {
+                    const INDEX: usize = core::mem::offset_of!($entry, $field) / size_of::<$word>();
                     const { assert!(core::mem::offset_of!($entry, $field) % size_of::<$word>() == 0) };
                     // SAFETY: points into the entry, which outlives the borrow and is aligned for words; any bit
                     // pattern is valid.
-                    let word: $word = unsafe { (&raw const (*self.0.get()).$field).cast::<$word>().read_volatile() };
+                    let word: $word = unsafe { self.0.get().cast::<$word>().add(INDEX).read_volatile() };
                     bytemuck::must_cast(word)
                 }
 
@@ -70,9 +71,10 @@ macro_rules! fields {
                     /// Replaces the field above.
                     #[inline(always)]
                     pub fn $set(&self, value: $type) {
+                        const INDEX: usize = core::mem::offset_of!($entry, $field) / size_of::<$word>();
                         let word: $word = bytemuck::must_cast(value);
                         // SAFETY: as for reading.
-                        unsafe { (&raw mut (*self.0.get()).$field).cast::<$word>().write_volatile(word) }
+                        unsafe { self.0.get().cast::<$word>().add(INDEX).write_volatile(word) }
                     }
                 )?
             )+

@@ -6,22 +6,25 @@
 //!   reverse entry last. Nobody removes a session that another one claims or removes.
 //! - A slot is taken before the port, from its former occupant if need be.
 
-use super::{Inserted, Shared};
+use super::{ICMP, Inserted, Shared};
 use crate::{
     abi::{
         Config, Forward, ForwardKey, LastHop, Outcome, Phase, Reverse, ReverseKey, SessionEvent, SnatRule,
         State, Ticks,
     },
     checksum::Sum,
-    engine::{Tables, classify::ICMP},
+    engine::Tables,
     wire::{Be16, Ipv4},
 };
 
 /// How many ports are tried after the client's own.
 pub(super) const PROBES: u32 = 16;
-/// How many steps the search for a slot has, in windows that no other CPU looks at.
-const SEARCH: u32 = 32;
-const WINDOW: u32 = 8;
+/// Slots are looked at in windows that no other CPU looks at.
+const WINDOW: u32 = 7;
+/// Steps of a window: a last one takes the slot of its victim.
+const STEPS: u32 = WINDOW + 1;
+/// Steps of the whole search.
+const SEARCH: u32 = 4 * STEPS;
 /// Ports that may stand in for a client's: all but the system ports (RFC 6335 section 6).
 const PORT_MIN: u16 = 1024;
 const PORT_COUNT: u64 = 65_536 - PORT_MIN as u64;
@@ -116,7 +119,7 @@ fn header_delta(old: Ipv4, new: Ipv4) -> u16 {
 #[inline(always)]
 fn transport_delta(opening: &Opening, key: &ReverseKey) -> u16 {
     let addresses =
-        if opening.key.protocol == ICMP as u16 { 0 } else { header_delta(opening.key.client, key.address) };
+        if opening.key.protocol == ICMP { 0 } else { header_delta(opening.key.client, key.address) };
     Sum::new(addresses).remove(opening.key.client_port.bytes).add(key.port.bytes).fold()
 }
 
@@ -170,7 +173,7 @@ fn insert<T: Tables>(tables: &T, opening: &Opening) -> Inserted {
     let key = &opening.reverse;
     // The answers change the other way round.
     let addresses = header_delta(key.address, opening.key.client);
-    let pseudo_header = if key.protocol == u16::from(ICMP) { 0 } else { addresses };
+    let pseudo_header = if key.protocol == ICMP { 0 } else { addresses };
     let reverse = || Reverse {
         state: State::new(Phase::Claimed),
         last_hop: opening.last_hop,
@@ -326,12 +329,11 @@ fn take_slot<T: Tables>(tables: &T, opening: &mut Opening) {
 /// Looks at one slot, and at the end of a window takes that of its victim; `true` ends the search.
 #[inline(always)]
 fn probe_slot<T: Tables>(tables: &T, opening: &mut Opening, step: u32) -> bool {
-    let in_window = step % WINDOW;
+    let in_window = step % STEPS;
     if in_window == 0 {
         opening.window = tables.advance_hand(WINDOW);
     }
-    // The last step of a window takes the victim's slot; its own slot has its turn in another round.
-    let at_end = in_window == WINDOW - 1;
+    let at_end = in_window == WINDOW;
     let index = if at_end {
         if !opening.victim.is_some() {
             return false;

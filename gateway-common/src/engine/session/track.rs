@@ -3,16 +3,13 @@
 //! A session is established when its client has proved to be there: TCP by acknowledging what the pod sent, UDP and
 //! echo by going on after an answer. Whoever only forges sources cannot do the first, and so never holds a slot.
 
-use super::tuple::Segment;
-use crate::{
-    abi::{Phase, State},
-    engine::classify::TCP,
-};
+use super::{TCP, tuple::Segment};
+use crate::abi::{Phase, State};
 
 /// After a packet of the client.
 #[inline(always)]
 pub(super) const fn by_client(state: State, protocol: u16, segment: &Segment) -> State {
-    if protocol != TCP as u16 {
+    if protocol != TCP {
         return if state.any(State::REPLIED) { established(state) } else { state };
     }
     if segment.any(Segment::RST) {
@@ -35,7 +32,7 @@ pub(super) const fn by_client(state: State, protocol: u16, segment: &Segment) ->
 /// After a packet of the pod.
 #[inline(always)]
 pub(super) const fn by_pod(state: State, protocol: u16, segment: &Segment) -> State {
-    if protocol != TCP as u16 {
+    if protocol != TCP {
         return state.with(State::REPLIED);
     }
     if segment.any(Segment::RST) {
@@ -69,7 +66,6 @@ mod tests {
     use super::*;
     use crate::engine::classify;
 
-    const TCP: u16 = classify::TCP as u16;
     const UDP: u16 = classify::UDP as u16;
 
     const OPENING: State = State::new(Phase::Opening);

@@ -3,16 +3,13 @@
 use network_types::ip::Ipv4Hdr;
 
 use super::{
-    Shared,
+    ICMP, Shared, TCP,
     tuple::{QUOTE, SHORT_HEADER},
 };
 use crate::{
     abi::{Forward, Outcome, Reverse},
     checksum::Sum,
-    engine::{
-        Frame,
-        classify::{ICMP, TCP},
-    },
+    engine::Frame,
     wire::{Be16, Ipv4},
 };
 
@@ -103,7 +100,7 @@ fn packet<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Opt
     }
     ip.check = updated(ip.check, rewrite.header_delta);
     let at = at + size_of::<Ipv4Hdr>();
-    if rewrite.protocol == TCP as u16 {
+    if rewrite.protocol == TCP {
         let tcp = frame.write::<[u8; TCP_CHECKSUM + 2]>(at)?;
         put_port(tcp, end, rewrite.port);
         put(tcp, TCP_CHECKSUM, updated(get(tcp, TCP_CHECKSUM), rewrite.transport_delta));
@@ -138,7 +135,7 @@ fn error<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Opti
 
     let header = frame.write::<[u8; SHORT_HEADER]>(quoted_at + size_of::<Ipv4Hdr>())?;
     let old = *header;
-    if rewrite.protocol == TCP as u16 {
+    if rewrite.protocol == TCP {
         // The quotation need not reach as far as the checksum, and nobody looks at it.
         put_port(header, opposite, rewrite.port);
     } else {
@@ -156,7 +153,7 @@ fn error<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Opti
 /// A UDP header or an ICMP echo's.
 #[inline(always)]
 fn short(header: &mut [u8; SHORT_HEADER], end: End, rewrite: Rewrite) {
-    if rewrite.protocol == ICMP as u16 {
+    if rewrite.protocol == ICMP {
         put(header, ICMP_IDENTIFIER, rewrite.port.bytes);
         put(header, ICMP_CHECKSUM, updated(get(header, ICMP_CHECKSUM), rewrite.transport_delta));
         return;

@@ -2,14 +2,17 @@
 //! checksums that were updated must equal those that are computed.
 
 use etherparse::{
-    IcmpEchoHeader, Icmpv4Header, Icmpv4Type, IpNumber, Ipv4Header, PacketBuilder, SlicedPacket,
-    TransportSlice,
+    IcmpEchoHeader, Icmpv4Header, Icmpv4Type, IpFragOffset, IpNumber, Ipv4Header, PacketBuilder,
+    SlicedPacket, TransportSlice,
 };
 use proptest::prelude::*;
 
 use super::fixture::*;
 use crate::{
-    abi::{LocalAddress, Outcome, Phase, Port, SessionEvent, SnatRule, State, Timeouts, ticks},
+    abi::{
+        LastHop, LocalAddress, Outcome, Phase, Port, ReverseKey, Route, SessionEvent, SnatRule, State,
+        SweepMode, Ticks, Timeouts, ticks,
+    },
     engine::{Action, session::sweep},
     model::HostTables,
     wire::{Ipv4, Mac},
@@ -287,5 +290,408 @@ proptest! {
         };
         let expected = error(SNAT, POD, 63, kind, &quote(packet(POD, SNAT, 63, inside, &data)));
         prop_assert_eq!(sent(&tables, &frame, Outcome::SnatErrorForward), expected);
+    }
+}
+
+/// Advances the time.
+fn wait(tables: &HostTables, by: Ticks) {
+    tables.sessions.now.set(tables.sessions.now.get() + by);
+}
+
+fn tcp(client: [u8; 4], port: u16, flags: u8, sequence: u32, acknowledgement: u32) -> Vec<u8> {
+    from_client(&packet(client, POD, 64, Transport::Tcp(port, 80, flags, sequence, acknowledgement), b""))
+}
+
+fn tcp_reply(port: u16, flags: u8, sequence: u32, acknowledgement: u32) -> Vec<u8> {
+    from_pod(NODE, &packet(POD, SNAT, 64, Transport::Tcp(80, port, flags, sequence, acknowledgement), b""))
+}
+
+/// Opens a TCP connection whose port is kept.
+fn connect(tables: &HostTables, client: [u8; 4], port: u16) {
+    sent(tables, &tcp(client, port, SYN, 100, 0), Outcome::SnatNew);
+    sent(tables, &tcp_reply(port, SYN | ACK, 500, 101), Outcome::SnatReply);
+    sent(tables, &tcp(client, port, ACK, 101, 501), Outcome::SnatForward);
+}
+
+/// Every session of every client, by its port.
+fn client(number: u8) -> [u8; 4] {
+    [203, 0, 113, number]
+}
+
+#[test]
+fn a_connection_lives_from_the_matching_acknowledgement_to_both_fins() {
+    let tables = tables();
+    sent(&tables, &tcp(FOREIGN, 5555, SYN, 100, 0), Outcome::SnatNew);
+    sent(&tables, &tcp_reply(5555, SYN | ACK, 500, 101), Outcome::SnatReply);
+    sent(&tables, &tcp(FOREIGN, 5555, ACK, 101, 999), Outcome::SnatForward);
+    assert_eq!(phase(&tables), Phase::Opening, "a blind acknowledgement");
+    sent(&tables, &tcp(FOREIGN, 5555, ACK, 101, 501), Outcome::SnatForward);
+    assert_eq!(phase(&tables), Phase::Live);
+    assert_eq!(events(&tables, SessionEvent::Confirmed), 1);
+    sent(&tables, &tcp_reply(5555, FIN | ACK, 501, 101), Outcome::SnatReply);
+    sent(&tables, &tcp(FOREIGN, 5555, FIN | ACK, 101, 502), Outcome::SnatForward);
+    assert!(state(&tables).all(State::FIN_CLIENT | State::FIN_POD));
+    // The same port again, within TIME-WAIT.
+    sent(&tables, &tcp(FOREIGN, 5555, SYN, 9000, 0), Outcome::SnatForward);
+    assert_eq!(state(&tables), State::new(Phase::Opening));
+    sent(&tables, &tcp_reply(5555, SYN | ACK, 700, 9001), Outcome::SnatReply);
+    sent(&tables, &tcp(FOREIGN, 5555, ACK, 9001, 701), Outcome::SnatForward);
+    assert_eq!(phase(&tables), Phase::Live);
+    assert_consistent(&tables);
+}
+
+#[rstest::rstest]
+#[case::sctp(132, Outcome::SnatProtocol)]
+#[case::esp(50, Outcome::SnatProtocol)]
+fn what_has_no_ports_is_refused(#[case] protocol: u8, #[case] expected: Outcome) {
+    let tables = tables();
+    let mut bytes = Vec::new();
+    Ipv4Header::new(20, 64, protocol.into(), FOREIGN, POD).unwrap().write(&mut bytes).unwrap();
+    bytes.extend([0; 20]);
+    assert_eq!(outcome(&tables, &from_client(&bytes)), expected);
+    let mut bytes = Vec::new();
+    Ipv4Header::new(20, 64, protocol.into(), POD, SNAT).unwrap().write(&mut bytes).unwrap();
+    bytes.extend([0; 20]);
+    assert_eq!(outcome(&tables, &from_pod(NODE, &bytes)), expected);
+}
+
+/// Changes a header and its checksum.
+fn with_ip(packet: &[u8], change: impl FnOnce(&mut Ipv4Header)) -> Vec<u8> {
+    let (mut ip, rest) = Ipv4Header::from_slice(packet).unwrap();
+    change(&mut ip);
+    let mut bytes = Vec::new();
+    ip.write(&mut bytes).unwrap();
+    bytes.extend(rest);
+    bytes
+}
+
+#[test]
+fn fragments_are_dropped_under_their_own_counter() {
+    let tables = tables();
+    let whole = packet(FOREIGN, POD, 64, Transport::Udp(5555, 53), &[7; 64]);
+    let first = with_ip(&whole, |ip| ip.more_fragments = true);
+    let later = with_ip(&whole, |ip| ip.fragment_offset = IpFragOffset::try_new(8).unwrap());
+    for fragment in [first, later] {
+        assert_eq!(outcome(&tables, &from_client(&fragment)), Outcome::SnatFragment);
+    }
+    sent(&tables, &from_client(&whole), Outcome::SnatNew);
+    let reply = packet(POD, SNAT, 64, Transport::Udp(53, 5555), &[7; 64]);
+    let first = with_ip(&reply, |ip| ip.more_fragments = true);
+    assert_eq!(outcome(&tables, &from_pod(NODE, &first)), Outcome::SnatFragment);
+}
+
+#[test]
+fn truncated_transport_headers_are_dropped() {
+    let tables = tables();
+    for transport in [Transport::Udp(1, 2), Transport::Tcp(1, 2, SYN, 0, 0), Transport::EchoRequest(1)] {
+        let whole = packet(FOREIGN, POD, 64, transport, b"");
+        let short = with_ip(&whole[..whole.len() - 1], |ip| ip.total_len -= 1);
+        // Ethernet may pad; what the IP header does not count does not count.
+        for padding in [0, 40] {
+            let mut frame = from_client(&short);
+            frame.extend(vec![0; padding]);
+            assert_eq!(outcome(&tables, &frame), Outcome::SnatMalformed, "{transport:?}");
+        }
+    }
+    let tcp = packet(FOREIGN, POD, 64, Transport::Tcp(1, 2, SYN, 0, 0), b"");
+    for offset in [0, 4, 15] {
+        let mut bytes = tcp.clone();
+        bytes[32] = offset << 4;
+        assert_eq!(outcome(&tables, &from_client(&bytes)), Outcome::SnatMalformed, "data offset {offset}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_answered_or_dropped_but_never_passed() {
+    let tables = tables();
+    let large = packet(FOREIGN, POD, 64, Transport::Udp(5555, 53), &[7; 1430]);
+    let unset = with_ip(&large, |ip| ip.dont_fragment = false);
+    assert_eq!(outcome(&tables, &from_client(&unset)), Outcome::SnatOversize);
+    let set = with_ip(&large, |ip| ip.dont_fragment = true);
+    let (outcome, _, answer) = run(&tables, &from_client(&set));
+    assert_eq!(outcome, Outcome::TooBigReply);
+    // It quotes the packet as the client sent it.
+    assert_eq!(answer[14 + 28..], set[..28]);
+    let mut config = tables.config;
+    config.ports[3].mtu = 1000;
+    let narrow = HostTables { config, ..tables.clone() };
+    let reply = packet(POD, SNAT, 64, Transport::Udp(53, 5555), &[7; 1200]);
+    assert_eq!(fixture_outcome(&narrow, &from_pod(NODE, &reply)), Outcome::SnatReplyOversize);
+}
+
+use super::fixture::outcome as fixture_outcome;
+
+#[test]
+fn an_expiring_ttl_is_the_kernels_to_answer() {
+    let tables = tables();
+    let last = packet(FOREIGN, POD, 1, Transport::Udp(5555, 53), b"");
+    assert_eq!(outcome(&tables, &from_client(&last)), Outcome::TtlExpired);
+}
+
+#[test]
+fn to_a_snat_address_without_a_session() {
+    let tables = tables();
+    let stray = packet(POD, SNAT, 64, Transport::Udp(53, 5555), b"");
+    assert_eq!(outcome(&tables, &from_pod(NODE, &stray)), Outcome::SnatNoSession);
+    let error = error(
+        POD,
+        SNAT,
+        64,
+        Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port),
+        &packet(SNAT, POD, 63, Transport::Udp(1, 2), b"")[..28],
+    );
+    assert_eq!(outcome(&tables, &from_pod(NODE, &error)), Outcome::SnatErrorUnrelated);
+    let ping = packet(POD, SNAT, 64, Transport::EchoRequest(1), b"");
+    assert_eq!(outcome(&tables, &from_pod(NODE, &ping)), Outcome::SnatProtocol);
+    // A client of ours beside the SNAT addresses is routed as ever.
+    let mut tables = tables;
+    tables.config.overlays[0].snat_first = u32::from_be_bytes(CLIENT);
+    tables.config.overlays[0].snat_span = 200;
+    let reply = packet(POD, CLIENT, 64, Transport::Udp(53, 5555), b"");
+    assert_eq!(outcome(&tables, &from_pod(NODE, &reply)), Outcome::Decap);
+    let fragment = with_ip(&reply, |ip| ip.more_fragments = true);
+    assert_eq!(outcome(&tables, &from_pod(NODE, &fragment)), Outcome::Decap);
+}
+
+#[test]
+fn own_clients_and_those_of_route_rules_are_routed() {
+    let mut tables = tables();
+    let own = client_udp(64, 0, (5555, 53), b"hello");
+    assert_eq!(outcome(&tables, &own), Outcome::Encap);
+    tables.config.snat_rule_count = 2;
+    tables.config.snat_rules[1] = tables.config.snat_rules[0];
+    tables.config.snat_rules[0] = SnatRule {
+        client: Ipv4::new([198, 51, 100, 0]),
+        client_mask: Ipv4::new([255, 255, 255, 0]),
+        destination: Ipv4::new([10, 244, 1, 0]),
+        destination_mask: Ipv4::new([255, 255, 255, 0]),
+        ..SnatRule::default()
+    };
+    let frame = from_client(&packet(FOREIGN, POD, 64, Transport::Udp(5555, 53), b"hello"));
+    let (outcome, _, after) = run(&tables, &frame);
+    assert_eq!(outcome, Outcome::Encap);
+    assert_eq!(after[64..], packet(FOREIGN, POD, 63, Transport::Udp(5555, 53), b"hello"));
+    // Another destination, another client: the next rule.
+    let frame = from_client(&packet(FOREIGN, OTHER_POD, 64, Transport::Udp(5555, 53), b"hello"));
+    assert_eq!(fixture_outcome(&tables, &frame), Outcome::SnatNew);
+    let frame = from_client(&packet(client(1), POD, 64, Transport::Udp(5555, 53), b"hello"));
+    assert_eq!(fixture_outcome(&tables, &frame), Outcome::SnatNew);
+    // No rule at all.
+    tables.config.snat_rule_count = 1;
+    let frame = from_client(&packet(client(2), POD, 64, Transport::Udp(5555, 53), b"hello"));
+    assert_eq!(fixture_outcome(&tables, &frame), Outcome::ClientForeign);
+}
+
+#[test]
+fn a_reset_opens_nothing() {
+    let tables = tables();
+    assert_eq!(outcome(&tables, &tcp(FOREIGN, 5555, RST, 1, 0)), Outcome::SnatNoSession);
+    assert!(tables.sessions.reverse.borrow().is_empty());
+}
+
+#[test]
+fn established_sessions_are_never_evicted_and_others_are() {
+    let mut tables = tables();
+    tables.config.session_slots = 8;
+    for number in 0..6 {
+        connect(&tables, client(number), 1000 + u16::from(number));
+    }
+    // Far more half-open ones than slots: each takes the place of an earlier one.
+    for number in 0..200 {
+        wait(&tables, 1);
+        let frame = tcp(client(100), 2000 + number, SYN, 1, 0);
+        let outcome = outcome(&tables, &frame);
+        assert_eq!(outcome, Outcome::SnatNew, "{number}");
+        assert!(tables.sessions.reverse.borrow().len() <= 8);
+    }
+    assert!(events(&tables, SessionEvent::Evicted) >= 190);
+    for number in 0..6 {
+        sent(&tables, &tcp(client(number), 1000 + u16::from(number), ACK, 101, 501), Outcome::SnatForward);
+    }
+    assert_consistent(&tables);
+    // All established: there is no room.
+    for number in 6..8 {
+        connect(&tables, client(number), 1000 + u16::from(number));
+    }
+    assert_eq!(outcome(&tables, &tcp(client(9), 4000, SYN, 1, 0)), Outcome::SnatTableFull);
+    // Until they expire, and nobody removed them.
+    wait(&tables, ticks(7441));
+    sent(&tables, &tcp(client(9), 4000, SYN, 1, 0), Outcome::SnatNew);
+    assert_eq!(events(&tables, SessionEvent::Reclaimed), 1);
+    assert_consistent(&tables);
+}
+
+#[test]
+fn the_oldest_half_open_session_goes_first() {
+    let mut tables = tables();
+    tables.config.session_slots = 7;
+    for number in 0..7 {
+        wait(&tables, ticks(1));
+        sent(&tables, &tcp(client(number), 1000 + u16::from(number), SYN, 1, 0), Outcome::SnatNew);
+    }
+    wait(&tables, ticks(1));
+    // The first sends its SYN again; the second is the oldest now.
+    sent(&tables, &tcp(client(0), 1000, SYN, 1, 0), Outcome::SnatForward);
+    sent(&tables, &tcp(client(50), 5000, SYN, 1, 0), Outcome::SnatNew);
+    let clients: Vec<_> = tables.sessions.forward.borrow().keys().map(|key| key.client.octets[3]).collect();
+    assert_eq!(clients, [0, 2, 3, 4, 5, 6, 50]);
+    assert_consistent(&tables);
+}
+
+/// One address, one pod port: 65,536 ports are too many for a test, so the candidates of one tuple are filled.
+#[test]
+fn a_port_is_taken_from_the_expired_then_from_the_half_open_never_from_the_living() {
+    let tables = tables();
+    // As many clients as find candidates, all with the same port.
+    connect(&tables, client(1), 5555);
+    wait(&tables, ticks(7441));
+    let there = sent(&tables, &tcp(client(2), 5555, SYN, 1, 0), Outcome::SnatNew);
+    assert_eq!(source_of(&there), (SNAT, 5555), "the port of the expired session");
+    assert_eq!(events(&tables, SessionEvent::Reclaimed), 1);
+    let there = sent(&tables, &tcp(client(3), 5555, SYN, 1, 0), Outcome::SnatNew);
+    assert_ne!(source_of(&there).1, 5555, "a half-open session keeps its port while others are free");
+    assert_consistent(&tables);
+}
+
+#[test]
+fn pools_spread_clients_over_addresses_and_keep_them_there() {
+    let mut tables = tables();
+    tables.config.snat_rules[0].count = 2;
+    let mut used = std::collections::BTreeSet::new();
+    for number in 0..32 {
+        let mut addresses = std::collections::BTreeSet::new();
+        for port in 0..2 {
+            let request = Transport::Udp(7000 + u16::from(number) * 10 + port, 53);
+            let frame = from_client(&packet(client(number), POD, 64, request, b""));
+            addresses.insert(source_of(&sent(&tables, &frame, Outcome::SnatNew)).0);
+        }
+        assert_eq!(addresses.len(), 1, "a client keeps its address");
+        used.extend(addresses);
+    }
+    assert_eq!(used, [SNAT, SNAT_OTHER].into());
+}
+
+#[test]
+fn a_pod_that_moves_keeps_its_sessions() {
+    let mut tables = tables();
+    connect(&tables, FOREIGN, 5555);
+    // As the daemon does it: the pod's entry, then the generation of the VTEP that it left.
+    let key = crate::abi::OverlayAddress { overlay: 0, address: Ipv4::new(POD) };
+    tables.pods.insert(key, Route::to(OTHER_ID));
+    tables.vteps.get_mut(&NODE_ID).unwrap().generation += 1;
+    let (outcome, _, after) = run(&tables, &tcp(FOREIGN, 5555, ACK, 101, 501));
+    assert_eq!(outcome, Outcome::SnatForward);
+    assert_eq!(after[..34], slot_frame(OTHER_NODE, &after)[..34]);
+    let reply = packet(POD, SNAT, 64, Transport::Tcp(80, 5555, ACK, 501, 101), b"");
+    assert_eq!(fixture_outcome(&tables, &from_pod(NODE, &reply)), Outcome::SnatReplySource);
+    sent(&tables, &from_pod(OTHER_NODE, &reply), Outcome::SnatReply);
+    assert_eq!(phase(&tables), Phase::Live);
+    assert_consistent(&tables);
+}
+
+/// The outer headers to this node, with the length and checksum of `frame`.
+fn slot_frame(node: [u8; 4], frame: &[u8]) -> Vec<u8> {
+    let mut header = slot(node, 0, false).header.to_vec();
+    header[16..18].copy_from_slice(&frame[16..18]);
+    let sum = crate::checksum::Sum::of(&header[14..34]).checksum();
+    header[24..26].copy_from_slice(&sum);
+    header
+}
+
+/// The pod answers first from its new node.
+#[test]
+fn a_reply_from_the_pods_new_node_is_believed_if_the_tables_say_so() {
+    let mut tables = tables();
+    connect(&tables, FOREIGN, 5555);
+    let reply = packet(POD, SNAT, 64, Transport::Tcp(80, 5555, ACK, 501, 101), b"");
+    assert_eq!(outcome(&tables, &from_pod(OTHER_NODE, &reply)), Outcome::SnatReplySource);
+    let key = crate::abi::OverlayAddress { overlay: 0, address: Ipv4::new(POD) };
+    tables.pods.insert(key, Route::to(OTHER_ID));
+    sent(&tables, &from_pod(OTHER_NODE, &reply), Outcome::SnatReply);
+}
+
+#[test]
+fn a_session_whose_pod_is_gone_ends() {
+    let mut tables = tables();
+    connect(&tables, FOREIGN, 5555);
+    tables.pods.clear();
+    tables.prefixes.clear();
+    tables.vteps.get_mut(&NODE_ID).unwrap().generation += 1;
+    assert_eq!(outcome(&tables, &tcp(FOREIGN, 5555, ACK, 101, 501)), Outcome::SnatPodGone);
+    assert!(tables.sessions.reverse.borrow().is_empty() && tables.sessions.forward.borrow().is_empty());
+    assert_eq!(events(&tables, SessionEvent::Flushed), 1);
+}
+
+#[test]
+fn answers_follow_the_client_to_another_router() {
+    let tables = tables();
+    connect(&tables, FOREIGN, 5555);
+    let other = [0x52, 0x54, 0, 0, 0, 0x99];
+    let mut frame = ethernet(NIC, other, 0x8100, &[0, 42, 8, 0]);
+    let mut config = tables.config;
+    config.vlan_count = 1;
+    config.vlans[0] = crate::abi::VlanPort { vlan: 42, roles: crate::abi::Roles::EXTERNAL };
+    let tables = HostTables { config, ..tables };
+    frame.extend(packet(FOREIGN, POD, 64, Transport::Tcp(5555, 80, ACK, 101, 501), b""));
+    assert_eq!(outcome(&tables, &frame), Outcome::SnatForward);
+    let (outcome, _, after) = run(&tables, &tcp_reply(5555, ACK, 501, 101));
+    assert_eq!(outcome, Outcome::SnatReply);
+    assert_eq!(after[..18], ethernet(other, NIC, 0x8100, &[0, 42, 8, 0])[..]);
+    let hop = tables.sessions.reverse.borrow().values().next().unwrap().last_hop();
+    assert_eq!(hop, LastHop::new(Mac::new(other), 3, 42));
+}
+
+#[test]
+fn the_clients_interface_is_gone() {
+    let mut tables = tables();
+    connect(&tables, FOREIGN, 5555);
+    tables.config.ports[3].ifindex = 0;
+    assert_eq!(outcome(&tables, &tcp_reply(5555, ACK, 501, 101)), Outcome::SnatNoPort);
+}
+
+#[test]
+fn the_sweep_removes_what_is_expired_or_all() {
+    let tables = tables();
+    connect(&tables, client(1), 1001);
+    sent(&tables, &tcp(client(2), 1002, SYN, 1, 0), Outcome::SnatNew);
+    let keys: Vec<ReverseKey> = tables.sessions.reverse.borrow().keys().copied().collect();
+    let swept = |mode| keys.iter().filter(|key| sweep(&tables, key, mode)).count();
+    assert_eq!(swept(SweepMode::EXPIRED), 0);
+    // Exactly at its timeout a session still lives.
+    wait(&tables, ticks(60));
+    assert_eq!(swept(SweepMode::EXPIRED), 0);
+    wait(&tables, 1);
+    assert_eq!(swept(SweepMode::EXPIRED), 1);
+    assert_eq!(phase(&tables), Phase::Live);
+    // The later packet of either side counts.
+    wait(&tables, ticks(7000));
+    sent(&tables, &tcp_reply(1001, ACK, 501, 101), Outcome::SnatReply);
+    wait(&tables, ticks(7000));
+    assert_eq!(swept(SweepMode::EXPIRED), 0);
+    assert_eq!(swept(SweepMode::ALL), 1);
+    assert!(tables.sessions.reverse.borrow().is_empty() && tables.sessions.forward.borrow().is_empty());
+    assert_eq!(events(&tables, SessionEvent::Expired), 1);
+    assert_eq!(events(&tables, SessionEvent::Flushed), 1);
+}
+
+#[test]
+fn a_session_that_got_stuck_half_made_is_removed_after_a_while() {
+    let tables = tables();
+    sent(&tables, &tcp(client(1), 1001, SYN, 1, 0), Outcome::SnatNew);
+    for phase in [Phase::Claimed, Phase::Dead] {
+        sent(&tables, &tcp(client(2), 1002, SYN, 1, 0), Outcome::SnatNew);
+        let (key, stuck) = tables
+            .sessions
+            .reverse
+            .borrow()
+            .iter()
+            .find(|(key, _)| key.port.get() == 1002)
+            .map(|(key, entry)| (*key, entry.clone()))
+            .unwrap();
+        assert!(stuck.exchange(stuck.state(), State::new(phase)));
+        assert!(!sweep(&tables, &key, SweepMode::ALL), "somebody is at work on it");
+        wait(&tables, ticks(6));
+        assert!(sweep(&tables, &key, SweepMode::EXPIRED));
+        assert_eq!(tables.sessions.reverse.borrow().len(), 1);
     }
 }
