@@ -94,11 +94,9 @@ fn entries_follow_within_a_tenth_of_a_second() {
     let (one, two) = (Node::new(1), Node::new(2));
     let (far, near) = (two.endpoint(), one.endpoint());
     let moved = Mac::new([0x52, 0x54, 0, 0, 2, 0x77]);
-    let (own, other) =
-        (rig.lab.gateway().mac(UNDERLAY).unwrap(), Mac::new([0x52, 0x54, 0, 0, 2, 0xc9]));
-    let from = |mac: Mac| -> Wanted<'_> {
-        Box::new(move |slot| ready(slot) && slot.header[6..12] == mac.octets)
-    };
+    let (own, other) = (rig.lab.gateway().mac(UNDERLAY).unwrap(), Mac::new([0x52, 0x54, 0, 0, 2, 0xc9]));
+    let from =
+        |mac: Mac| -> Wanted<'_> { Box::new(move |slot| ready(slot) && slot.header[6..12] == mac.octets) };
     let changes: [(&str, String, Wanted<'_>); 9] = [
         (
             "neighbour's MAC",

@@ -173,7 +173,11 @@ fn no_interruption_loses_a_packet() {
     let load = if full() { FULL_LOAD } else { SOME_LOAD };
     for (name, account) in [("to the pod", up), ("to the client", down)] {
         check(name, account);
-        assert!(account.rate() >= load, "{name}: too few datagrams in flight, {:.0} a second", account.rate());
+        assert!(
+            account.rate() >= load,
+            "{name}: too few datagrams in flight, {:.0} a second",
+            account.rate()
+        );
     }
     assert_eq!((since(Outcome::Encap), since(Outcome::Decap)), (up.sent, down.sent));
     for row in Outcome::TABLE.iter().filter(|row| row.class == Class::Drop) {

@@ -187,10 +187,7 @@ impl Loaded {
     }
 
     fn program(&mut self) -> Result<&mut Xdp, LoadError> {
-        self.ebpf
-            .program_mut(PROGRAM)
-            .and_then(|program| program.try_into().ok())
-            .ok_or(LoadError::NoProgram)
+        self.ebpf.program_mut(PROGRAM).and_then(|program| program.try_into().ok()).ok_or(LoadError::NoProgram)
     }
 }
 
