@@ -4,6 +4,8 @@
 //! again ([`Pending`]); then one piece of work brings everything marked up to date. Whatever fails stays marked by
 //! being different, and the clock's full pass finds it.
 
+mod chores;
+mod interfaces;
 mod problems;
 pub mod report;
 mod slow_path;
@@ -14,7 +16,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use gateway_common::abi::{VtepFlags, VtepSlot};
+use gateway_common::abi::{self, VtepFlags, VtepSlot};
 use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval, sleep, sleep_until},
@@ -24,6 +26,8 @@ use tracing::{debug, error, info, warn};
 
 pub use self::problems::ProblemReport;
 use self::{
+    chores::{Chore, Chores},
+    interfaces::{Finished, Interfaces},
     problems::{Part, Problems},
     report::{Report, SourceReport, VtepReport, now},
     slow_path::{Look, SlowPath},
@@ -32,8 +36,8 @@ use crate::{
     cluster::{self, model},
     config::{Config, Overlay, Source, XdpMode},
     dataplane::{
-        constants::constants,
-        load::Programs,
+        constants::{TooMany, constants},
+        load::{LoadError, Loaded, Programs},
         pins::{InstanceLock, Pins},
         reconcile::{Pass, Reconciler, Scope},
         tables::Tables,
@@ -41,7 +45,7 @@ use crate::{
     },
     kernel::{
         device::{Device, Goal, device_name},
-        host::Host,
+        host::{Host, Link},
         netlink,
         underlay::{NextHop, Path, ReadyHop, Underlay},
     },
@@ -80,6 +84,8 @@ struct Pending {
     changes: Changes,
     /// Everything.
     verify: bool,
+    /// What follows from the tables and takes its time.
+    chores: Chores,
 }
 
 impl Pending {
@@ -92,7 +98,14 @@ impl Pending {
             firewall: true,
             verify: true,
             changes: Changes::default(),
+            chores: Chores::default(),
         }
+    }
+
+    /// Adds everything to what is marked.
+    fn extend_to_everything(&mut self) {
+        let (changes, chores) = (std::mem::take(&mut self.changes), std::mem::take(&mut self.chores));
+        *self = Self { changes, chores, ..Self::everything() };
     }
 }
 
@@ -129,6 +142,7 @@ pub struct Daemon {
     config: Config,
     handle: rtnetlink::Handle,
     programs: Programs,
+    interfaces: Interfaces,
     reconciler: Reconciler,
     planner: Planner,
     underlay: Underlay,
@@ -171,6 +185,7 @@ impl Daemon {
             devices: config.overlays.iter().map(|overlay| Device::new(handle.clone(), overlay)).collect(),
             handle,
             programs,
+            interfaces: Interfaces::default(),
             reconciler,
             slow_path,
             host,
@@ -185,12 +200,13 @@ impl Daemon {
         let names: BTreeSet<String> = daemon.interface_names();
         daemon.programs.detach_others(|name| names.contains(name))?;
         daemon.apply_host_tables();
-        let mut absent = Vec::new();
         for name in &names {
-            absent.extend(daemon.attach(name)?);
+            if let Some((link, constants)) = daemon.wanted(name)? {
+                let loaded = daemon.programs.loader().load(name, &constants)?;
+                daemon.programs.attach(&link, loaded)?;
+            }
         }
         daemon.programs.settle_tables()?;
-        daemon.problems.set(Part::Interfaces, absent);
         Ok(daemon)
     }
 
@@ -230,6 +246,7 @@ impl Daemon {
                 // Fair: a storm of netlink events must not keep the others waiting.
                 tokio::select! {
                     () = cancel.cancelled() => break 'wait,
+                    () = std::future::ready(()), if !pending.chores.is_empty() => break 'wait,
                     Some(event) = netlink.recv() => {
                         if self.take_netlink(&event, &mut pending) {
                             break 'wait;
@@ -249,13 +266,17 @@ impl Daemon {
                         pending.firewall = true;
                         break 'wait;
                     }
+                    Some(finished) = self.interfaces.next() => {
+                        self.install(finished, &mut pending.chores).await;
+                        unpublished = true;
+                    }
                     _ = verify.tick() => {
-                        pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
+                        pending.extend_to_everything();
                         break 'wait;
                     }
                     () = retry.due() => {
                         retry.at = None;
-                        pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
+                        pending.extend_to_everything();
                         break 'wait;
                     }
                     _ = publish.tick() => {
@@ -308,7 +329,7 @@ impl Daemon {
                 pending.hops = true;
             }
             netlink::Event::Lost => {
-                *pending = Pending { changes: std::mem::take(&mut pending.changes), ..Pending::everything() };
+                pending.extend_to_everything();
             }
         }
         true
@@ -337,7 +358,8 @@ impl Daemon {
         }
     }
 
-    /// Brings everything marked up to date.
+    /// Brings the tables up to date, and does one of the chores: a next hop that moves meanwhile must not wait for
+    /// all of them.
     async fn work(&mut self, pending: &mut Pending, netlink: &mut mpsc::UnboundedReceiver<netlink::Event>) {
         if pending.host || pending.routes {
             sleep(SETTLE).await;
@@ -346,7 +368,7 @@ impl Daemon {
             }
         }
         // Taken only now: if the work is cancelled half-way, the daemon stops anyway.
-        let Pending { host, routes, neighbours, hops, firewall, mut changes, verify } =
+        let Pending { host, routes, neighbours, hops, firewall, mut changes, verify, mut chores } =
             std::mem::take(pending);
         let mut netlink_problems = Vec::new();
         if host || verify {
@@ -354,7 +376,8 @@ impl Daemon {
                 Ok(host) => self.host = host,
                 Err(error) => netlink_problems.push(error.to_string()),
             }
-            self.reattach();
+            chores.add(Chore::Programs);
+            chores.add(Chore::Settings);
         }
         if verify && let Err(error) = self.reconciler.reread() {
             netlink_problems.push(error.to_string());
@@ -370,32 +393,46 @@ impl Daemon {
             self.underlay.reroute().await;
         }
         self.problems.set(Part::Netlink, netlink_problems);
-        if firewall || host || verify || !changes.sources.is_empty() {
-            self.protect(if firewall || verify { Look::Table } else { Look::Goal }).await;
-        }
-        if host || verify {
-            let problems = self.slow_path.set(&self.config, &self.host);
-            self.problems.set(Part::Settings, problems);
+        if firewall || verify {
+            chores.add(Chore::Firewall(Look::Table));
+        } else if host || !changes.sources.is_empty() {
+            chores.add(Chore::Firewall(Look::Goal));
         }
 
-        if !self.planner.is_listed() {
+        if self.planner.is_listed() {
+            self.reconciler.hold_removals(!self.planner.is_synced());
+            if verify || !changes.vteps.is_empty() {
+                let paths = self.planner.desired().vteps.keys().filter_map(|key| self.path(key)).collect();
+                self.underlay.track(&paths).await;
+            }
+            let moved = hops || host || routes || neighbours || verify || !changes.vteps.is_empty();
+            let hops_moved = moved && self.update_hops(&mut changes);
+            self.apply_tables(if verify { Scope::Everything } else { Scope::Only(&changes) });
+            if hops {
+                // A neighbour that went must be asked for again.
+                self.underlay.resolve().await;
+            }
+            if verify || hops_moved || host || !changes.vteps.is_empty() || !changes.prefixes.is_empty() {
+                chores.add(Chore::Devices);
+            }
+        } else {
             self.follow_adopted().await;
-            return;
         }
-        self.reconciler.hold_removals(!self.planner.is_synced());
-        if verify || !changes.vteps.is_empty() {
-            let paths = self.planner.desired().vteps.keys().filter_map(|key| self.path(key)).collect();
-            self.underlay.track(&paths).await;
+        if let Some(chore) = chores.take() {
+            self.perform(chore).await;
         }
-        let moved = hops || host || routes || neighbours || verify || !changes.vteps.is_empty();
-        let hops_moved = moved && self.update_hops(&mut changes);
-        if hops {
-            // A neighbour that went must be asked for again.
-            self.underlay.resolve().await;
-        }
-        self.apply_tables(if verify { Scope::Everything } else { Scope::Only(&changes) });
-        if verify || hops_moved || host || !changes.vteps.is_empty() || !changes.prefixes.is_empty() {
-            self.apply_devices().await;
+        pending.chores = chores;
+    }
+
+    async fn perform(&mut self, chore: Chore) {
+        match chore {
+            Chore::Programs => self.reload(),
+            Chore::Firewall(look) => self.protect(look).await,
+            Chore::Settings => {
+                let problems = self.slow_path.set(&self.config, &self.host);
+                self.problems.set(Part::Settings, problems);
+            }
+            Chore::Devices => self.apply_devices().await,
         }
     }
 
@@ -516,7 +553,7 @@ impl Daemon {
 
     /// The device that the kernel sends by: the VLAN device where the program tags by itself.
     fn kernel_device(&self, hop: &ReadyHop) -> Option<u32> {
-        let matches = |link: &&crate::kernel::host::Link| {
+        let matches = |link: &&Link| {
             self.host.port(link).is_some_and(|(port, vlan)| port.index == hop.ifindex && vlan == hop.vlan)
         };
         self.host.links.values().find(matches).map(|link| link.index)
@@ -528,27 +565,59 @@ impl Daemon {
         carrier.and_then(|(_, index)| self.host.links.get(index)).map_or(DEFAULT_MTU, |link| link.mtu)
     }
 
-    /// Puts the program on an interface, unless it runs it already; tells, for people, if the interface is absent.
-    fn attach(&mut self, name: &str) -> anyhow::Result<Option<String>> {
+    /// The device of an interface and the constants that its program should have; `None`, which is noted, if the
+    /// interface is absent.
+    fn wanted(&mut self, name: &str) -> Result<Option<(Link, abi::Config)>, TooMany> {
         let Some(link) = self.host.by_name(name) else {
-            return Ok(Some(format!(
-                "interface {name} does not exist; it is attached as soon as it appears"
-            )));
+            let fault = format!("interface {name} does not exist; it is attached as soon as it appears");
+            self.interfaces.note(name, Some(fault));
+            return Ok(None);
         };
-        let constants = constants(&self.config, &self.host, link)?;
-        if !self.programs.is_current(link, &constants) {
-            self.programs.attach(link, &constants)?;
-        }
-        Ok(None)
+        Ok(Some((link.clone(), constants(&self.config, &self.host, link)?)))
     }
 
     /// Interfaces come back with another index, or get another address; somebody may remove the program.
-    fn reattach(&mut self) {
-        let mut problems = Vec::new();
+    fn reload(&mut self) {
         for name in self.interface_names() {
-            problems.extend(self.attach(&name).unwrap_or_else(|error| Some(error.to_string())));
+            match self.wanted(&name) {
+                Ok(None) => {}
+                Ok(Some((link, constants))) if self.programs.is_current(&link, &constants) => {
+                    self.interfaces.note(&name, None);
+                }
+                Ok(Some((_, constants))) => self.interfaces.load(self.programs.loader(), &name, constants),
+                Err(error) => self.interfaces.note(&name, Some(error.to_string())),
+            }
         }
-        self.problems.set(Part::Interfaces, problems);
+        self.problems.set(Part::Interfaces, self.interfaces.faults());
+    }
+
+    /// Puts a program on its interface, if it is still the one that should be there.
+    async fn install(&mut self, finished: Finished, chores: &mut Chores) {
+        let Finished { interface, result, .. } = finished;
+        let fault = match self.try_install(&interface, result, chores).await {
+            Ok(()) => None,
+            Err(error) => Some(error.to_string()),
+        };
+        self.interfaces.note(&interface, fault);
+        self.problems.set(Part::Interfaces, self.interfaces.faults());
+    }
+
+    async fn try_install(
+        &mut self,
+        interface: &str,
+        result: Result<Loaded, LoadError>,
+        chores: &mut Chores,
+    ) -> anyhow::Result<()> {
+        let loaded = result?;
+        // What is there now is told by the id of its program.
+        self.host = Host::read(&self.handle).await?;
+        match self.wanted(interface)? {
+            Some((link, constants)) if constants == *loaded.constants() => {
+                self.programs.attach(&link, loaded)?;
+            }
+            _ => chores.add(Chore::Programs),
+        }
+        Ok(())
     }
 
     /// Writes the state for `status` and `show`.

@@ -21,7 +21,7 @@ pub(super) struct SlowPath {
 }
 
 /// How much of the firewall to look at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Look {
     /// The cluster changed; the table is as it was left.
     Goal,

@@ -16,58 +16,13 @@ use std::{
 use aya::maps::MapData;
 use bytemuck::Pod;
 
-/// Commands of bpf(2), `enum bpf_cmd` in `linux/bpf.h`.
-#[derive(Clone, Copy)]
-#[repr(u32)]
-enum Command {
-    Update = 2,
-    Delete = 3,
-    LookupBatch = 24,
-    UpdateBatch = 26,
-    DeleteBatch = 27,
-}
-
-/// `union bpf_attr` for commands on one element.
-#[repr(C)]
-#[derive(Default)]
-struct ElementAttr {
-    map_fd: u32,
-    pad: u32,
-    key: u64,
-    value: u64,
-    flags: u64,
-}
-
-/// `union bpf_attr` for commands on batches.
-#[repr(C)]
-#[derive(Default)]
-struct BatchAttr {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    /// In: entries offered. Out: entries done.
-    count: u32,
-    map_fd: u32,
-    element_flags: u64,
-    flags: u64,
-}
-
-const _: () = assert!(size_of::<ElementAttr>() == 32 && size_of::<BatchAttr>() == 56);
+use super::bpf::{BatchAttr, Command, ElementAttr, bpf};
 
 /// Not in libc: what some map types answer instead of EOPNOTSUPP (`ENOTSUPP` in `linux/errno.h`).
 const ENOTSUPP: i32 = 524;
 
 /// Entries of one system call: bounds the memory that the kernel and we hold at a time.
 const CHUNK: usize = 4096;
-
-fn bpf<A>(command: Command, attr: &mut A) -> io::Result<()> {
-    // SAFETY: `attr` is one of the two attribute structs above, laid out as `union bpf_attr` for the command, and its
-    // pointers lead to buffers of at least `count` keys and values of the map's sizes (see `Map::new` and each caller).
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<A>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
 
 fn input<T>(slice: &[T]) -> u64 {
     slice.as_ptr().expose_provenance() as u64
@@ -140,7 +95,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
                     ..BatchAttr::default()
                 };
                 match bpf(Command::UpdateBatch, &mut attr) {
-                    Ok(()) => {
+                    Ok(_) => {
                         done += chunk.len();
                         continue;
                     }
@@ -163,7 +118,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
             value: input(std::slice::from_ref(value)),
             ..ElementAttr::default()
         };
-        bpf(Command::Update, &mut attr)
+        bpf(Command::Update, &mut attr).map(drop)
     }
 
     /// Removes entries; those that are not there count as removed.
@@ -183,7 +138,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
                     ..BatchAttr::default()
                 };
                 match bpf(Command::DeleteBatch, &mut attr) {
-                    Ok(()) => rest = &[],
+                    Ok(_) => rest = &[],
                     // A batch ends at the first absent key; the rest goes one by one.
                     Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
                         rest = &chunk[attr.count as usize..];
@@ -209,7 +164,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
         };
         match bpf(Command::Delete, &mut attr) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            result => result,
+            result => result.map(drop),
         }
     }
 
@@ -237,7 +192,7 @@ impl<K: Pod, V: Pod> Map<K, V> {
                 ..BatchAttr::default()
             };
             let end = match bpf(Command::LookupBatch, &mut attr) {
-                Ok(()) => false,
+                Ok(_) => false,
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
                 // One hash bucket holds more entries than there is room for.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {

@@ -19,6 +19,7 @@ use gateway_common::abi::{self, CONFIG_SYMBOL, PROGRAM};
 use tracing::{info, warn};
 
 use super::{
+    bpf,
     pins::{MapSpec, PinError, Pins, spec},
     tables::{self, MoveError},
 };
@@ -102,6 +103,14 @@ pub enum LoadError {
         /// What aya said.
         source: LinkError,
     },
+    /// The attachment cannot be taken off.
+    #[error("cannot release the attachment of interface {interface}: {source}")]
+    Release {
+        /// Interface.
+        interface: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The attachment cannot be made to outlive the daemon.
     #[error("cannot pin the attachment of interface {interface}: {source}")]
     Pinning {
@@ -126,8 +135,8 @@ fn load_advice(error: &EbpfError) -> &'static str {
 }
 
 /// The kernel lets go of an attachment some time after its pin is gone; so often and at this distance it is tried.
-const RELEASE_ATTEMPTS: u32 = 100;
-const RELEASE_PAUSE: Duration = Duration::from_millis(10);
+const RELEASE_ATTEMPTS: u32 = 1000;
+const RELEASE_PAUSE: Duration = Duration::from_millis(1);
 
 /// What became of the attachment that an earlier run left.
 #[derive(Debug)]
@@ -156,58 +165,46 @@ impl Drop for Attachment {
     }
 }
 
-/// The programs of an instance.
-#[derive(Debug)]
-pub struct Programs {
+/// What it takes to load a program; the tables must be settled.
+#[derive(Clone, Debug)]
+pub struct Loader {
     pins: Pins,
     specs: Vec<MapSpec>,
     settings: config::Datapath,
-    attached: BTreeMap<String, Attachment>,
 }
 
-impl Programs {
-    /// Prepares the bpffs and checks the pins of an earlier run; loads nothing yet.
+/// A program that the kernel has verified, not yet on an interface.
+#[derive(Debug)]
+pub struct Loaded {
+    ebpf: Ebpf,
+    constants: abi::Config,
+}
+
+impl Loaded {
+    /// Its constants.
+    pub fn constants(&self) -> &abi::Config {
+        &self.constants
+    }
+
+    fn program(&mut self) -> Result<&mut Xdp, LoadError> {
+        self.ebpf.program_mut(PROGRAM).and_then(|program| program.try_into().ok()).ok_or(LoadError::NoProgram)
+    }
+}
+
+impl Loader {
+    /// Loads a program with these constants, meant for an interface of that name. Takes a tenth of a second and more,
+    /// and changes nothing.
     ///
     /// # Errors
     ///
-    /// A pin that is not what this version expects.
-    pub fn prepare(mut pins: Pins, settings: &config::Datapath) -> Result<Self, LoadError> {
-        pins.prepare()?;
-        let specs = spec::all(settings).to_vec();
-        pins.check(&specs)?;
-        Ok(Self { pins, specs, settings: settings.clone(), attached: BTreeMap::new() })
+    /// The kernel refuses it, and why.
+    pub fn load(&self, interface: &str, constants: &abi::Config) -> Result<Loaded, LoadError> {
+        let mut loaded = Loaded { ebpf: self.object(constants)?, constants: *constants };
+        loaded.program()?.load().map_err(|error| refused(interface, error))?;
+        Ok(loaded)
     }
 
-    /// The pins.
-    pub fn pins(&self) -> &Pins {
-        &self.pins
-    }
-
-    /// Makes the tables, or adopts them, without attaching anything. Those that get another size are copied.
-    ///
-    /// # Errors
-    ///
-    /// The object cannot be loaded, or what a table holds does not fit its new size. What ran before goes on running.
-    pub fn create_tables(&self) -> Result<(), LoadError> {
-        // Dropped again at once: the pins keep the tables.
-        self.load_object(&abi::Config::UNSET)?;
-        for name in self.pins.staged() {
-            let copied = tables::fill_successor(&self.pins, name)?;
-            info!(table = name, entries = copied, "table moved to its new size");
-        }
-        Ok(())
-    }
-
-    /// Makes the tables the ones that an instance is known by, when every program uses them.
-    ///
-    /// # Errors
-    ///
-    /// A pin that cannot be put in its place.
-    pub fn settle_tables(&mut self) -> Result<(), PinError> {
-        self.pins.settle()
-    }
-
-    fn load_object(&self, constants: &abi::Config) -> Result<Ebpf, LoadError> {
+    fn object(&self, constants: &abi::Config) -> Result<Ebpf, LoadError> {
         let level: u8 = match self.settings.log {
             DatapathLog::Off => 0,
             DatapathLog::Debug => aya_log::Level::Debug as u8,
@@ -222,6 +219,61 @@ impl Programs {
         }
         Ok(loader.load(OBJECT)?)
     }
+}
+
+/// The programs of an instance.
+#[derive(Debug)]
+pub struct Programs {
+    loader: Loader,
+    attached: BTreeMap<String, Attachment>,
+}
+
+impl Programs {
+    /// Prepares the bpffs and checks the pins of an earlier run; loads nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// A pin that is not what this version expects.
+    pub fn prepare(mut pins: Pins, settings: &config::Datapath) -> Result<Self, LoadError> {
+        pins.prepare()?;
+        let specs = spec::all(settings).to_vec();
+        pins.check(&specs)?;
+        Ok(Self { loader: Loader { pins, specs, settings: settings.clone() }, attached: BTreeMap::new() })
+    }
+
+    /// The pins.
+    pub fn pins(&self) -> &Pins {
+        &self.loader.pins
+    }
+
+    /// What loads programs, for use beside other work.
+    pub fn loader(&self) -> Loader {
+        self.loader.clone()
+    }
+
+    /// Makes the tables, or adopts them, without attaching anything. Those that get another size are copied.
+    ///
+    /// # Errors
+    ///
+    /// The object cannot be loaded, or what a table holds does not fit its new size. What ran before goes on running.
+    pub fn create_tables(&self) -> Result<(), LoadError> {
+        // Dropped again at once: the pins keep the tables.
+        self.loader.object(&abi::Config::UNSET)?;
+        for name in self.pins().staged() {
+            let copied = tables::fill_successor(self.pins(), name)?;
+            info!(table = name, entries = copied, "table moved to its new size");
+        }
+        Ok(())
+    }
+
+    /// Makes the tables the ones that an instance is known by, when every program uses them.
+    ///
+    /// # Errors
+    ///
+    /// A pin that cannot be put in its place.
+    pub fn settle_tables(&mut self) -> Result<(), PinError> {
+        self.loader.pins.settle()
+    }
 
     /// Whether the interface runs a program with these constants.
     pub fn is_current(&self, link: &Link, constants: &abi::Config) -> bool {
@@ -230,20 +282,18 @@ impl Programs {
         })
     }
 
-    /// Puts a program with these constants on an interface: swaps the one of the pinned link, or attaches and pins.
+    /// Puts a loaded program on an interface: swaps the one of the pinned link, or attaches and pins. `link` must be as
+    /// it is now.
     ///
     /// # Errors
     ///
     /// What is in the way, and how to remove it. What ran before goes on running.
-    pub fn attach(&mut self, link: &Link, constants: &abi::Config) -> Result<(), LoadError> {
+    pub fn attach(&mut self, link: &Link, mut loaded: Loaded) -> Result<(), LoadError> {
         let interface = &link.name;
-        let mut ebpf = self.load_object(constants)?;
-        let logger = (self.settings.log != DatapathLog::Off).then(|| follow_log(&mut ebpf)).flatten();
-        let program: &mut Xdp = ebpf
-            .program_mut(PROGRAM)
-            .and_then(|program| program.try_into().ok())
-            .ok_or(LoadError::NoProgram)?;
-        program.load().map_err(|error| refused(interface, error))?;
+        let settings = &self.loader.settings;
+        let logger = (settings.log != DatapathLog::Off).then(|| follow_log(&mut loaded.ebpf)).flatten();
+        let constants = loaded.constants;
+        let program = loaded.program()?;
         let fault = |source| LoadError::Attach { interface: interface.clone(), source };
         let program_id = program.info().map_err(fault)?.id();
 
@@ -261,21 +311,21 @@ impl Programs {
                 "attached anew"
             }
         };
-        info!(interface, program = program_id, mode = ?self.settings.xdp_mode, "XDP program {how}");
-        self.attached.insert(interface.clone(), Attachment { constants: *constants, program_id, logger });
+        info!(interface, program = program_id, mode = ?settings.xdp_mode, "XDP program {how}");
+        self.attached.insert(interface.clone(), Attachment { constants, program_id, logger });
         Ok(())
     }
 
     /// The pinned link, if it still holds this very device in the configured mode.
     fn adopt(&self, link: &Link) -> Result<Adoption, LoadError> {
-        let path = self.pins.link(&link.name);
+        let path = self.pins().link(&link.name);
         if !path.exists() {
             return Ok(Adoption::Nothing);
         }
         let fault = |source| LoadError::Link { interface: link.name.clone(), source };
         let pinned = FdLink::from(PinnedLink::from_pin(&path).map_err(fault)?);
         let ours = Some(pinned.info().map_err(fault)?.program_id());
-        let mode = match self.settings.xdp_mode {
+        let mode = match self.loader.settings.xdp_mode {
             config::XdpMode::Driver => AttachMode::Driver,
             config::XdpMode::Generic => AttachMode::Generic,
             config::XdpMode::Off => return Ok(Adoption::Nothing),
@@ -283,14 +333,19 @@ impl Programs {
         if link.xdp.program == ours && link.xdp.mode == Some(mode) {
             return XdpLink::try_from(pinned).map(Adoption::Swap).map_err(fault);
         }
-        // A device that went away leaves its link behind, and the mode of a link cannot change.
+        // A device that went away leaves its link behind. The mode of a link cannot change, and the kernel takes no two
+        // modes at once: until the new program is attached, which is ready by now, the kernel forwards alone.
+        if link.xdp.program == ours {
+            bpf::detach_link(&path)
+                .map_err(|source| LoadError::Release { interface: link.name.clone(), source })?;
+        }
         self.unpin(&link.name)?;
         Ok(Adoption::Released)
     }
 
     fn attach_new(&self, program: &mut Xdp, link: &Link, attempts: u32) -> Result<(), LoadError> {
         let interface = &link.name;
-        let mode = match self.settings.xdp_mode {
+        let mode = match self.loader.settings.xdp_mode {
             config::XdpMode::Driver => XdpMode::Driver,
             config::XdpMode::Generic => XdpMode::Skb,
             config::XdpMode::Off => return Ok(()),
@@ -318,13 +373,13 @@ impl Programs {
         let fault = |source| LoadError::Link { interface: interface.clone(), source };
         let attached = FdLink::try_from(attached).map_err(fault)?;
         attached
-            .pin(self.pins.link(interface))
+            .pin(self.pins().link(interface))
             .map_err(|source| LoadError::Pinning { interface: interface.clone(), source })?;
         Ok(())
     }
 
     fn unpin(&self, interface: &str) -> Result<(), PinError> {
-        let path = self.pins.link(interface);
+        let path = self.pins().link(interface);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(PinError::Io { verb: "remove", path, source: error })
@@ -339,7 +394,7 @@ impl Programs {
     ///
     /// A pin that cannot be listed or removed.
     pub fn detach_others(&mut self, keep: impl Fn(&str) -> bool) -> Result<(), PinError> {
-        for interface in self.pins.linked_interfaces()? {
+        for interface in self.pins().linked_interfaces()? {
             if !keep(&interface) {
                 self.unpin(&interface)?;
                 self.attached.remove(&interface);

@@ -4,11 +4,13 @@
 //! - [`load`]: one load of the program for each interface; attach, adopt, swap, detach.
 //! - [`constants`]: the constants of a load, from configuration and host facts.
 //! - [`tables`]: typed handles to the pinned maps, for the daemon and for `show`.
-//! - [`batch`]: map operations in batches by bpf(2); the only `unsafe` code of the daemon.
+//! - [`batch`]: map operations in batches.
+//! - `bpf`: the system call, for what aya does not offer; the only `unsafe` code of the daemon.
 //! - [`template`]: the finished header of a VTEP.
 //! - [`reconcile`]: makes the tables equal to the plan.
 
 pub mod batch;
+mod bpf;
 pub mod constants;
 pub mod load;
 pub mod pins;

@@ -30,7 +30,8 @@ fn programs(config: &Config) -> Programs {
 
 async fn attach(programs: &mut Programs, config: &Config, name: &str) -> Result<(), LoadError> {
     let link = link(name).await;
-    programs.attach(&link, &constants(config, &Host::default(), &link).unwrap())
+    let loaded = programs.loader().load(name, &constants(config, &Host::default(), &link).unwrap())?;
+    programs.attach(&link, loaded)
 }
 
 #[test]

@@ -334,13 +334,6 @@ impl Flannel {
     fn add_switch(&mut self, name: &str) -> Result<()> {
         self.add_host(name, Role::Switch)?;
         let namespace = self.host(name)?.namespace();
-        // A switch looks at no IP header, but with br_netfilter in the kernel Linux' bridge would drop malformed packets.
-        for family in ["ip", "ip6", "arp"] {
-            let key = format!("bridge/bridge-nf-call-{family}tables");
-            if wiring::has_sysctl(namespace, &key)? {
-                wiring::sysctl(namespace, &key, "0")?;
-            }
-        }
         wiring::bridge(namespace, SWITCH, MTU)
     }
 
@@ -419,6 +412,14 @@ network = "{NETWORK}"
         // Router solicitations and the like would only blur captures and counters.
         wiring::sysctl(&namespace, "ipv6/conf/all/disable_ipv6", "1")?;
         wiring::sysctl(&namespace, "ipv6/conf/default/disable_ipv6", "1")?;
+        // A switch looks at no IP header, but with br_netfilter in the kernel Linux' bridge would: it drops malformed
+        // packets, and takes an eighth of the time that a packet needs through the lab.
+        for family in ["ip", "ip6", "arp"] {
+            let key = format!("bridge/bridge-nf-call-{family}tables");
+            if wiring::has_sysctl(&namespace, &key)? {
+                wiring::sysctl(&namespace, &key, "0")?;
+            }
+        }
         self.hosts.insert(name.to_owned(), Host::new(name, role, namespace, &self.directory));
         Ok(())
     }

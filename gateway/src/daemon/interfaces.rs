@@ -1,0 +1,66 @@
+//! Programs for the interfaces, loaded beside the daemon's other work: the kernel's look at a program takes as long as
+//! a next hop may take to reach the tables.
+
+use std::collections::BTreeMap;
+
+use gateway_common::abi;
+use tokio::task::JoinSet;
+
+use crate::dataplane::load::{LoadError, Loaded, Loader};
+
+/// A load that has ended.
+#[derive(Debug)]
+pub(super) struct Finished {
+    pub(super) interface: String,
+    constants: abi::Config,
+    pub(super) result: Result<Loaded, LoadError>,
+}
+
+/// Loads under way, and what was wrong with the last ones.
+#[derive(Debug, Default)]
+pub(super) struct Interfaces {
+    loads: JoinSet<Finished>,
+    under_way: BTreeMap<String, abi::Config>,
+    faults: BTreeMap<String, String>,
+}
+
+impl Interfaces {
+    /// Loads a program for an interface, unless that is under way.
+    pub(super) fn load(&mut self, loader: Loader, interface: &str, constants: abi::Config) {
+        if self.under_way.get(interface) == Some(&constants) {
+            return;
+        }
+        self.under_way.insert(interface.to_owned(), constants);
+        let interface = interface.to_owned();
+        self.loads.spawn_blocking(move || {
+            let result = loader.load(&interface, &constants);
+            Finished { interface, constants, result }
+        });
+    }
+
+    /// Waits for the next load that ends; `None` if none is under way.
+    pub(super) async fn next(&mut self) -> Option<Finished> {
+        let finished = match self.loads.join_next().await? {
+            Ok(finished) => finished,
+            // Loads are not cancelled.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
+        if self.under_way.get(&finished.interface) == Some(&finished.constants) {
+            self.under_way.remove(&finished.interface);
+        }
+        Some(finished)
+    }
+
+    /// Notes what is wrong with an interface, for people; `None` if nothing is.
+    pub(super) fn note(&mut self, interface: &str, fault: Option<String>) {
+        match fault {
+            Some(fault) => self.faults.insert(interface.to_owned(), fault),
+            None => self.faults.remove(interface),
+        };
+    }
+
+    /// What is wrong, by interface.
+    pub(super) fn faults(&self) -> Vec<String> {
+        self.faults.values().cloned().collect()
+    }
+}
