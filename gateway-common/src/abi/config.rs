@@ -194,6 +194,12 @@ impl Config {
         self.overlays().any(|(_, overlay)| address.in_subnet(overlay.subnet, overlay.mask))
     }
 
+    /// Whether `address` might be a SNAT address of any overlay.
+    #[inline(always)]
+    pub fn may_be_snat(&self, address: Ipv4) -> bool {
+        self.overlays().any(|(_, overlay)| overlay.may_be_snat(address))
+    }
+
     /// The first rule for a client and a pod of this overlay.
     #[inline(always)]
     pub fn snat_rule(&self, overlay: u32, client: Ipv4, pod: Ipv4) -> Option<&SnatRule> {

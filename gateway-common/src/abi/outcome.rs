@@ -110,7 +110,7 @@ outcomes! {
     2 RouteDirect "route_direct" Forward Normal "Routed to a pod on a node that is reached without a tunnel.";
     3 Decap "decap" Forward Normal "Taken out of the tunnel and sent to the outside.";
     4 DirectIn "direct_in" Forward Normal "Came from a pod on a directly reached node and was sent to the outside.";
-    5 ArpReply "arp_reply" Forward Normal "ARP request from outside for a pod or its prefix, answered with this interface's MAC address.";
+    5 ArpReply "arp_reply" Forward Normal "ARP request from outside for a pod, its prefix or a SNAT address, answered with this interface's MAC address.";
     6 ArpReplyTunnel "arp_reply_tunnel" Forward Normal "ARP request in the tunnel for an overlay address of the gateway, answered with the VTEP's MAC address.";
     7 TooBigReply "too_big_reply" Forward Notice "Larger than the path to the pod takes, with DF: the client gets ICMP fragmentation needed.";
     8 SnatNew "snat_new" Forward Normal "First packet of a translated connection, sent to the pod.";
@@ -184,7 +184,7 @@ outcomes! {
     109 SnatTableFull "snat_table_full" Drop Fault "No room for a new session: all are established. Raise snat.max_sessions.";
     110 SnatPortsExhausted "snat_ports_exhausted" Drop Fault "No free port towards this pod on the rule's SNAT addresses: add addresses to the pool.";
     111 SnatRace "snat_race" Drop Notice "Another packet opened or ended the same session at this moment; the client sends again.";
-    112 SnatNoSession "snat_no_session" Drop Notice "To a SNAT address, but of no session: it expired, or the pod began on its own.";
+    112 SnatNoSession "snat_no_session" Drop Notice "To a SNAT address, but of no session: it expired, or somebody began on his own.";
     113 SnatErrorUnrelated "snat_error_unrelated" Drop Suspect "ICMP error about no session of ours.";
     114 SnatPodGone "snat_pod_gone" Drop Notice "The session's pod is gone; the session ends.";
     115 SnatReplySource "snat_reply_source" Drop Suspect "Of a session, but from another node than its pod's.";

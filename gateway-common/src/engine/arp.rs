@@ -67,7 +67,8 @@ fn answer(arp: &mut ArpHdr, request: Request, mac: Mac) {
     arp.tpa = request.sender.octets;
 }
 
-/// ARP on an interface: answered with the interface's MAC address if the target is a pod or in a pod prefix. A probe
+/// ARP on an interface: answered with the interface's MAC address if the target is a pod, in a pod prefix, or a SNAT address.
+/// A probe
 /// (sender 0.0.0.0) is answered too: the address is in use (RFC 5227 section 2.1.1).
 #[inline(always)]
 pub(super) fn from_outside<F: Frame, T: Tables>(
@@ -85,7 +86,7 @@ pub(super) fn from_outside<F: Frame, T: Tables>(
         Kind::Other => return Err(Verdict::pass(Outcome::ArpOther)),
         Kind::Malformed => return Err(Verdict::pass(Outcome::ArpMalformed)),
     };
-    if !is_pod(tables, request.target) {
+    if !is_ours(tables, request.target) {
         return Err(Verdict::pass(Outcome::ArpOther));
     }
     let edited = if link.len == Ethernet::LEN {
@@ -99,13 +100,13 @@ pub(super) fn from_outside<F: Frame, T: Tables>(
     }
 }
 
-/// Whether `target` is for us to answer: a pod, and neither in a subnet of our own, whose clients answer for
-/// themselves, nor an address of the kernel's.
+/// Whether `target` is for us to answer: a SNAT address, which nobody else may take, or a pod; but neither in a subnet
+/// of our own, whose clients answer for themselves, nor an address of the kernel's.
 #[inline(always)]
-fn is_pod<T: Tables>(tables: &T, target: Ipv4) -> bool {
+fn is_ours<T: Tables>(tables: &T, target: Ipv4) -> bool {
     let config = tables.config();
-    if config.overlays().any(|(_, overlay)| target.in_subnet(overlay.subnet, overlay.mask)) {
-        return false;
+    if config.is_own(target) {
+        return tables.is_snat(target) && !tables.is_kernels(target);
     }
     if tables.is_kernels(target) {
         return false;

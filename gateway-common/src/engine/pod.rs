@@ -26,6 +26,10 @@ pub(super) fn from_outside<F: Frame, T: Tables>(
     packet: Packet,
 ) -> Result<(), Verdict> {
     let config = tables.config();
+    // Nobody is there: the kernel would ask the clients for it.
+    if tables.is_snat(packet.destination) {
+        return Err(Verdict::drop(Outcome::SnatNoSession));
+    }
     let target = if config.snat_rule_count != 0 && !config.is_own(packet.source) {
         session::from_client(frame, tables, packet)?
     } else {

@@ -187,6 +187,13 @@ pub trait Tables: Sessions {
         self.address(address).is_some_and(|found| found.kind & LocalAddress::KERNEL != 0)
     }
 
+    /// Whether clients are translated to `address`, or were.
+    #[inline(always)]
+    fn is_snat(&self, address: Ipv4) -> bool {
+        self.config().may_be_snat(address)
+            && self.address(address).is_some_and(|found| found.kind & LocalAddress::SNAT != 0)
+    }
+
     /// Where `address` is within `overlay`: the exact pod if there is one (cheap), else the longest prefix (dear).
     #[inline(always)]
     fn route(&self, overlay: u32, address: Ipv4) -> Option<Route> {

@@ -6,7 +6,7 @@ use super::{
     tuple::{self, Kind, Segment, Side},
 };
 use crate::{
-    abi::{LocalAddress, Outcome, OverlayFlags, Phase, Reverse},
+    abi::{Outcome, OverlayFlags, Phase, Reverse},
     engine::{
         Frame, Tables, Verdict,
         classify::Packet,
@@ -87,10 +87,7 @@ fn note<T: Tables>(tables: &T, entry: &Shared<Reverse>, segment: &Segment) {
 /// A packet of no session: dropped if it is to a SNAT address, else none of ours.
 #[inline(always)]
 fn refuse<T: Tables>(tables: &T, packet: Packet, reason: Outcome) -> Result<(), Verdict> {
-    match tables.address(packet.destination) {
-        Some(address) if address.kind & LocalAddress::SNAT != 0 => Err(Verdict::drop(reason)),
-        _ => Ok(()),
-    }
+    if tables.is_snat(packet.destination) { Err(Verdict::drop(reason)) } else { Ok(()) }
 }
 
 /// A session's packets come from the node of its pod; if that moved, the pod's table knows. An ICMP error may come from

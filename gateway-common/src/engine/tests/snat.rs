@@ -695,3 +695,23 @@ fn a_session_that_got_stuck_half_made_is_removed_after_a_while() {
         assert_eq!(tables.sessions.reverse.borrow().len(), 1);
     }
 }
+
+/// From outside a SNAT address is taken, and nobody is there.
+#[test]
+fn snat_addresses_seen_from_outside() {
+    let tables = tables();
+    for source in [FOREIGN, CLIENT] {
+        let ping = packet(source, SNAT, 64, Transport::EchoRequest(1), b"");
+        assert_eq!(outcome(&tables, &from_client(&ping)), Outcome::SnatNoSession);
+    }
+    let arp = |target: [u8; 4]| {
+        let mut bytes = vec![0, 1, 8, 0, 6, 4, 0, 1];
+        bytes.extend(CLIENT_NIC);
+        bytes.extend([CLIENT, [0; 4]].concat());
+        bytes.extend([0; 2]);
+        bytes.extend(target);
+        ethernet([0xff; 6], CLIENT_NIC, 0x0806, &bytes)
+    };
+    assert_eq!(outcome(&tables, &arp(SNAT)), Outcome::ArpReply);
+    assert_eq!(outcome(&tables, &arp(CLIENT)), Outcome::ArpOther);
+}
