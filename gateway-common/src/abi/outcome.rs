@@ -118,6 +118,7 @@ outcomes! {
     10 SnatReply "snat_reply" Forward Normal "From a pod, translated back and sent to the client.";
     11 SnatErrorForward "snat_error_forward" Forward Normal "ICMP error about a translated connection, sent to the pod.";
     12 SnatErrorReply "snat_error_reply" Forward Normal "ICMP error about a translated connection, sent to the client.";
+    13 SnatTooBigReply "snat_too_big_reply" Forward Notice "From a pod, translated, larger than the client's link takes, with DF: the pod gets ICMP fragmentation needed.";
 
     // Passed to the kernel as they came.
     16 NoRole "no_role" Pass Normal "Arrived on an interface or VLAN without a role.";
@@ -188,7 +189,7 @@ outcomes! {
     113 SnatErrorUnrelated "snat_error_unrelated" Drop Suspect "ICMP error about no session of ours.";
     114 SnatPodGone "snat_pod_gone" Drop Notice "The session's pod is gone; the session ends.";
     115 SnatReplySource "snat_reply_source" Drop Suspect "Of a session, but from another node than its pod's.";
-    116 SnatReplyOversize "snat_reply_oversize" Drop Notice "From a pod, translated, and larger than the client's link takes.";
+    116 SnatReplyOversize "snat_reply_oversize" Drop Notice "From a pod, translated, larger than the client's link takes, and may be fragmented.";
     117 SnatNoPort "snat_no_port" Drop Fault "The interface that the session's client is behind is absent.";
 }
 

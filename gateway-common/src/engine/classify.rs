@@ -17,6 +17,8 @@ pub(super) const SCTP: u8 = 132;
 /// More fragments, and the offset.
 pub(super) const FRAGMENT_BITS: u16 = 0x3fff;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
+/// Don't fragment.
+pub(super) const DONT_FRAGMENT: u16 = 0x4000;
 
 /// The link layer of a frame.
 #[derive(Clone, Copy)]

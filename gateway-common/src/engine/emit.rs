@@ -85,6 +85,28 @@ impl<const L2: usize> TunnelHeader<L2> {
     }
 }
 
+/// What stands in front of a packet to a VTEP.
+pub(super) trait Front: Wire {
+    /// Copies the slot's header, whose length is that of `Self`, for `payload` bytes behind it.
+    fn put(&mut self, slot: &VtepSlot, payload: u32, outer: Outer);
+}
+
+impl<const L2: usize> Front for TunnelHeader<L2> {
+    #[inline(always)]
+    fn put(&mut self, slot: &VtepSlot, payload: u32, outer: Outer) {
+        *self = *Self::template(slot);
+        self.patch(slot, payload, outer);
+    }
+}
+
+impl<const L2: usize> Front for [u8; L2] {
+    #[inline(always)]
+    fn put(&mut self, slot: &VtepSlot, _: u32, _: Outer) {
+        const { assert!(L2 <= HEADER_CAPACITY) };
+        *self = *view::prefix(&slot.header);
+    }
+}
+
 /// Puts the slot's header in front of a packet that has `link_len` bytes of link header and `space` bytes behind it;
 /// where the packet's IP header is then.
 #[inline(always)]
@@ -96,39 +118,28 @@ pub(super) fn to_vtep<F: Frame>(
     outer: Outer,
 ) -> Result<usize, Verdict> {
     match slot.header_len {
-        HEADER_VXLAN => tunnelled::<F, { Ethernet::LEN }>(frame, link_len, space, slot, outer),
-        HEADER_VXLAN_TAGGED => tunnelled::<F, { TaggedEthernet::LEN }>(frame, link_len, space, slot, outer),
-        HEADER_DIRECT => direct::<F, { Ethernet::LEN }>(frame, link_len, slot),
-        HEADER_DIRECT_TAGGED => direct::<F, { TaggedEthernet::LEN }>(frame, link_len, slot),
+        HEADER_VXLAN => routed::<F, TunnelHeader<{ Ethernet::LEN }>>(frame, link_len, space, slot, outer),
+        HEADER_VXLAN_TAGGED => {
+            routed::<F, TunnelHeader<{ TaggedEthernet::LEN }>>(frame, link_len, space, slot, outer)
+        }
+        HEADER_DIRECT => routed::<F, [u8; Ethernet::LEN]>(frame, link_len, space, slot, outer),
+        HEADER_DIRECT_TAGGED => routed::<F, [u8; TaggedEthernet::LEN]>(frame, link_len, space, slot, outer),
         _ => Err(Verdict::drop(Outcome::VtepMissing)),
     }
 }
 
 #[inline(always)]
-fn tunnelled<F: Frame, const L2: usize>(
+fn routed<F: Frame, P: Front>(
     frame: &mut F,
     link_len: usize,
     space: u32,
     slot: &VtepSlot,
     outer: Outer,
 ) -> Result<usize, Verdict> {
-    let routed: &mut Routed<TunnelHeader<L2>> = resized(frame, link_len, TunnelHeader::<L2>::LEN)?;
-    routed.front = *TunnelHeader::<L2>::template(slot);
-    routed.front.patch(slot, space, outer);
+    let routed: &mut Routed<P> = resized(frame, link_len, size_of::<P>())?;
+    routed.front.put(slot, space, outer);
     hop(&mut routed.ip);
-    Ok(TunnelHeader::<L2>::LEN)
-}
-
-#[inline(always)]
-fn direct<F: Frame, const L2: usize>(
-    frame: &mut F,
-    link_len: usize,
-    slot: &VtepSlot,
-) -> Result<usize, Verdict> {
-    let routed: &mut Routed<[u8; L2]> = resized(frame, link_len, L2)?;
-    routed.front = *view::prefix(&slot.header);
-    hop(&mut routed.ip);
-    Ok(L2)
+    Ok(size_of::<P>())
 }
 
 /// How a packet leaves to the outside.

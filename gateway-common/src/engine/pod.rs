@@ -2,7 +2,7 @@
 
 use super::{
     Frame, Tables, Verdict,
-    classify::{ICMP, Link, Packet, SCTP, TCP, UDP},
+    classify::{DONT_FRAGMENT, ICMP, Link, Packet, SCTP, TCP, UDP},
     emit, mss,
     session::{self, Rewrite},
     too_big,
@@ -15,7 +15,6 @@ use crate::{
 
 const ECHO_REPLY: u8 = 0;
 const ECHO_REQUEST: u8 = 8;
-const DONT_FRAGMENT: u16 = 0x4000;
 
 /// Sends a client's packet to its pod; `Ok` if the destination is no pod.
 #[inline(always)]

@@ -12,6 +12,7 @@ use crate::{
         classify::Packet,
         emit::{self, Outward},
         ingress::Arrived,
+        too_big,
     },
     wire::{EtherType, Ethernet},
 };
@@ -54,7 +55,8 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
         return Err(Verdict::drop(Outcome::SnatNoPort));
     }
     if packet.total_len > port.mtu {
-        return Err(Verdict::drop(Outcome::SnatReplyOversize));
+        let is_error = outcome == Outcome::SnatErrorReply;
+        return Err(too_big::answer_pod(frame, tables, arrived, port.mtu, is_error));
     }
     if outcome == Outcome::SnatReply {
         note(tables, &entry, &segment);

@@ -412,11 +412,36 @@ fn what_does_not_fit_is_answered_or_dropped_but_never_passed() {
     assert_eq!(outcome, Outcome::TooBigReply);
     // It quotes the packet as the client sent it.
     assert_eq!(answer[14 + 28..], set[..28]);
-    let mut config = tables.config;
-    config.ports[3].mtu = 1000;
-    let narrow = HostTables { config, ..tables.clone() };
-    let reply = packet(POD, SNAT, 64, Transport::Udp(53, 5555), &[7; 1200]);
-    assert_eq!(fixture_outcome(&narrow, &from_pod(NODE, &reply)), Outcome::SnatReplyOversize);
+}
+
+#[test]
+fn a_pod_is_told_that_the_clients_link_is_narrow() {
+    let mut tables = tables();
+    let request = packet(FOREIGN, POD, 64, Transport::Udp(5555, 53), b"");
+    sent(&tables, &from_client(&request), Outcome::SnatNew);
+    tables.config.ports[3].mtu = 1000;
+    let reply = packet(POD, SNAT, 64, Transport::Udp(53, 5555), &[7; 972]);
+    sent(&tables, &from_pod(NODE, &reply), Outcome::SnatReply);
+    let reply = packet(POD, SNAT, 64, Transport::Udp(53, 5555), &[7; 973]);
+    let unset = with_ip(&reply, |ip| ip.dont_fragment = false);
+    assert_eq!(outcome(&tables, &from_pod(NODE, &unset)), Outcome::SnatReplyOversize);
+    let set = with_ip(&reply, |ip| ip.dont_fragment = true);
+    let (outcome, action, after) = run(&tables, &from_pod(NODE, &set));
+    assert_eq!((outcome, action), (Outcome::SnatTooBigReply, Action::Transmit));
+    let needed =
+        Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::FragmentationNeeded {
+            next_hop_mtu: 1000,
+        });
+    let mut expected = error(SNAT, POD, 64, needed, &set[..28]);
+    expected = with_ip(&expected, |ip| {
+        ip.dscp = 48.try_into().unwrap();
+        ip.dont_fragment = false;
+    });
+    assert_eq!(after[64..], expected);
+    assert_eq!(after[..34], slot_frame(NODE, &after)[..34]);
+    assert_eq!(u16::from_be_bytes([after[16], after[17]]), 20 + 30 + 56);
+    tables.icmp_allowance.set(0);
+    assert_eq!(fixture_outcome(&tables, &from_pod(NODE, &set)), Outcome::TooBigLimited);
 }
 
 use super::fixture::outcome as fixture_outcome;
