@@ -473,6 +473,7 @@ impl Sequence<'_> {
                     transport_delta: addresses.remove(key.port.bytes).add(port.bytes).fold(),
                     destination: key.pod,
                     destination_port: key.pod_port,
+                    protocol: key.protocol,
                     ..Reverse::default()
                 };
                 content.reverse.insert(key, holder);

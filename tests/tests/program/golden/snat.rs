@@ -395,6 +395,7 @@ fn established_on(port: u16, now: u32) -> (ReverseKey, Reverse) {
         client_port: Be16::new(port),
         destination: key.pod,
         destination_port: key.pod_port,
+        protocol: key.protocol,
         ..Reverse::default()
     };
     (key, value)
