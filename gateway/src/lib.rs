@@ -8,6 +8,7 @@
 //!   device, firewall and settings.
 //! - [`modes`]: what the kernel alone lacks.
 //! - [`dataplane`]: the BPF object: load, pin, attach, and the reconciler that makes the maps equal to the plan.
+//! - [`sessions`]: translated connections for people: states, filters, counts.
 //! - [`daemon`]: the loop that joins them, and the state that it publishes.
 //! - [`cli`]: one file for each verb.
 
@@ -19,3 +20,4 @@ pub mod dataplane;
 pub mod kernel;
 pub mod modes;
 pub mod plan;
+pub mod sessions;

@@ -20,7 +20,7 @@ use gateway_tests::lab::{
         EXTERNAL, GATEWAY_ENDPOINT, GATEWAY_ROUTER, GATEWAY_SUBNET, INNER_MTU, MTU, NIC, Node, PORT, UNDERLAY,
     },
     frames::{self, Datagram, IP},
-    gateway::{OFF, attached},
+    gateway::{OFF, UNTRANSLATED, attached},
     traffic::{self, Transport},
     wait_until,
     wiring::{self, End},
@@ -55,15 +55,23 @@ struct Rig {
 fn prepare(label: &str, mode: Mode) -> Flannel {
     let lab = Flannel::start(&format!("{label}-{mode:?}").to_lowercase()).unwrap();
     if mode == Mode::Off {
-        let mut config = OpenOptions::new().append(true).open(lab.config()).unwrap();
-        config.write_all(OFF.as_bytes()).unwrap();
+        configure(&lab, OFF);
     }
     lab
 }
 
+/// Adds to the end of the configuration.
+fn configure(lab: &Flannel, keys: &str) {
+    let mut config = OpenOptions::new().append(true).open(lab.config()).unwrap();
+    config.write_all(keys.as_bytes()).unwrap();
+}
+
 impl Rig {
     fn start(label: &str, mode: Mode) -> Self {
-        let lab = prepare(label, mode);
+        Self::over(prepare(label, mode), mode)
+    }
+
+    fn over(lab: Flannel, mode: Mode) -> Self {
         let gateway = Gateway::start(&lab).unwrap();
         gateway.wait_ready(&lab).unwrap();
         for interface in [EXTERNAL, UNDERLAY] {
@@ -329,7 +337,11 @@ fn nobody_else_gets_into_the_tunnel(#[values(Mode::Driver, Mode::Off)] mode: Mod
 /// Clients that pods could not answer, wherever they come from.
 #[rstest]
 fn foreign_clients_are_not_forwarded(#[values(Mode::Driver, Mode::Off)] mode: Mode) {
-    let rig = Rig::start("foreign", mode);
+    let lab = prepare("foreign", mode);
+    if mode == Mode::Driver {
+        configure(&lab, UNTRANSLATED);
+    }
+    let rig = Rig::over(lab, mode);
     let (host, node, client) = (rig.host(), Node::new(1), rig.lab.client(2));
     wiring::veth(
         End { namespace: host.namespace(), name: SPARE, mac: None, mtu: MTU },

@@ -6,5 +6,6 @@ mod arp;
 mod encapsulation;
 mod fuzz;
 mod ingress;
+mod interleavings;
 mod path_mtu;
 mod snat;

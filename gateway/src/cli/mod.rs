@@ -7,6 +7,7 @@ pub mod check;
 pub mod detach;
 mod output;
 pub mod run;
+pub mod sessions;
 pub mod show;
 pub mod status;
 
@@ -37,6 +38,8 @@ enum Verb {
     Status(status::Args),
     /// Show tables and counters, from the pins
     Show(show::Args),
+    /// End translated connections
+    Sessions(sessions::Args),
     /// Take the gateway off this host: programs, tables, kernel devices
     Detach(detach::Args),
 }
@@ -48,6 +51,7 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::run(args),
         Verb::Status(args) => status::run(&args),
         Verb::Show(args) => show::run(&args),
+        Verb::Sessions(args) => sessions::run(&args),
         Verb::Detach(args) => detach::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::{
     FOUND,
     output::{age, json, lines, table},
+    sessions,
 };
 use crate::{
     cluster::problem::Problem,
@@ -22,6 +23,7 @@ use crate::{
         pins::{InstanceLock, Pins},
         tables::{Tables, TrieKey},
     },
+    sessions::filter::Filter,
 };
 
 /// Arguments of `show`.
@@ -32,9 +34,11 @@ pub struct Args {
     /// Also counters that are zero (JSON has them anyway)
     #[arg(long)]
     all: bool,
-    /// Print JSON
+    /// Print JSON; of sessions one object on each line
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    filter: Filter,
     #[command(flatten)]
     location: Location,
 }
@@ -47,6 +51,8 @@ enum What {
     Pods,
     /// Pod CIDRs and their node
     Routes,
+    /// Translated connections
+    Sessions,
     /// What became of every packet
     Counters,
     /// What is wrong with cluster objects and tables, as the running daemon sees it
@@ -119,6 +125,9 @@ struct CounterRow {
 /// The tables are not there, or not readable; or no daemon runs whose problems could be shown.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = args.location.load()?;
+    if !args.filter.is_empty() && args.what != What::Sessions {
+        bail!("--client, --pod and the like say which sessions to show: `gateway show sessions`");
+    }
     if args.what == What::Problems {
         return problems(&config, args.json);
     }
@@ -128,6 +137,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         What::Vteps => vteps(&names()?, args.json)?,
         What::Pods => routes(pods(&tables, &names()?)?, "ADDRESS", args.json)?,
         What::Routes => routes(prefixes(&tables, &names()?)?, "CIDR", args.json)?,
+        What::Sessions => sessions::show(&config, &tables, &names()?.nodes, &args.filter, args.json)?,
         What::Counters => counters(&tables, args.all, args.json)?,
         What::Problems => {}
     }

@@ -12,7 +12,7 @@ use super::{
     runtime,
 };
 use crate::{
-    config::{Config, Location, XdpMode},
+    config::{Config, Location, XdpMode, snat::session_memory},
     daemon::report::{Report, SourceReport, VtepReport, now},
     dataplane::{
         load::program_name,
@@ -26,6 +26,7 @@ use crate::{
         sysctl::{Change, Key, Settings},
     },
     modes::{Lack, OFF},
+    sessions::census::{Busiest, Census, PORTS, Sessions},
 };
 
 /// Arguments of `status`.
@@ -57,6 +58,8 @@ struct Status {
     differences: &'static [Lack],
     /// The firewall's table; absent if there is none.
     firewall: Option<FirewallStatus>,
+    /// Translated connections; absent if nothing is pinned.
+    sessions: Option<SessionStatus>,
     /// Kernel settings that this gateway changed.
     settings: BTreeMap<Key, Change>,
     /// VTEPs that are ready for traffic, from the tables.
@@ -67,6 +70,20 @@ struct Status {
     unresolved: Vec<VtepReport>,
     /// What needs attention.
     problems: Vec<Attention>,
+}
+
+/// Translated connections.
+#[derive(Debug, Serialize)]
+struct SessionStatus {
+    /// What was counted.
+    #[serde(flatten)]
+    census: Sessions,
+    /// Ports that an address has towards every port of a pod.
+    ports: u32,
+    /// Kernel memory of the tables.
+    memory_bytes: u64,
+    /// What became of sessions since the tables were made.
+    events: BTreeMap<&'static str, u64>,
 }
 
 /// Something that needs attention.
@@ -168,6 +185,7 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
             .map_or_else(String::new, |mode| mode.get_name().to_owned()),
         differences: if off { OFF } else { &[] },
         firewall,
+        sessions: None,
         settings,
         vteps_ready: 0,
         vteps_unresolved: 0,
@@ -175,10 +193,15 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
         problems: Vec::new(),
     };
     match Tables::open(&pins) {
-        Ok(tables) => fill(&mut status, &tables)?,
+        Ok(tables) => fill(&mut status, config, &tables)?,
         Err(error) => problems.push(error.to_string()),
     }
     let mut attention = Vec::new();
+    if report.is_none() {
+        // A daemon that runs has said so itself.
+        problems.extend(status.sessions.iter().flat_map(|sessions| sessions.census.problems()));
+        problems.extend(host.misused(&config.snat).map(|(_, text)| text));
+    }
     if let Some(report) = report {
         if !report.source.synchronised {
             problems.push(format!("the source {} is not synchronised yet", report.source.location));
@@ -271,7 +294,18 @@ fn interfaces(
     Ok(rows)
 }
 
-fn fill(status: &mut Status, tables: &Tables) -> anyhow::Result<()> {
+fn fill(status: &mut Status, config: &Config, tables: &Tables) -> anyhow::Result<()> {
+    let slots = tables.sessions.slots.capacity();
+    let mut census = Census::default();
+    tables.sessions.each(|key, value| census.add(key, value))?;
+    let census = census.finish(slots, &config.snat);
+    let open = usize::try_from(census.sessions).unwrap_or(usize::MAX);
+    status.sessions = Some(SessionStatus {
+        census,
+        ports: PORTS,
+        memory_bytes: session_memory(slots),
+        events: tables.events.read()?.into_iter().collect(),
+    });
     let vteps = tables.vteps.read()?;
     let used = vteps.values().map(|vtep| *vtep.slot()).filter(|slot| slot.flags.has(VtepFlags::USED));
     let (ready, unresolved): (Vec<VtepSlot>, Vec<VtepSlot>) =
@@ -286,6 +320,7 @@ fn fill(status: &mut Status, tables: &Tables) -> anyhow::Result<()> {
         row(tables.sources.name(), tables.sources.read()?.len(), tables.sources.capacity()),
         row(tables.addresses.name(), tables.addresses.read()?.len(), tables.addresses.capacity()),
         row(tables.egress.name(), tables.egress.read()?.len(), tables.egress.capacity()),
+        row(tables.sessions.reverse.name(), open, slots),
     ];
     Ok(())
 }
@@ -338,6 +373,9 @@ fn print(status: &Status) -> anyhow::Result<()> {
             .iter()
             .map(|row| [row.name.to_owned(), row.entries.to_string(), row.capacity.to_string()]),
     )?;
+    if let Some(sessions) = &status.sessions {
+        print_sessions(sessions)?;
+    }
     print_slow_path(status)?;
     for vtep in &status.unresolved {
         let reason = vtep.unresolved.as_deref().unwrap_or_default();
@@ -350,6 +388,50 @@ fn print(status: &Status) -> anyhow::Result<()> {
             lines(&format!("- {text}{}", age.unwrap_or_default()))?;
         }
     }
+    Ok(())
+}
+
+/// Translated connections by kind and address; nothing where nothing is translated.
+fn print_sessions(status: &SessionStatus) -> anyhow::Result<()> {
+    let SessionStatus { census, events, .. } = status;
+    if census.addresses.is_empty() {
+        return Ok(());
+    }
+    let share = |part: u64, whole: u64| part * 100 / whole.max(1);
+    lines(&format!(
+        "\nsessions: {} of {} ({} %), tables of {} MiB; {}",
+        census.sessions,
+        census.slots,
+        share(census.sessions, census.slots.into()),
+        status.memory_bytes.div_ceil(1 << 20),
+        events.iter().map(|(event, count)| format!("{event} {count}")).collect::<Vec<_>>().join(", ")
+    ))?;
+    if !census.kinds.is_empty() {
+        let rows = census.kinds.iter();
+        table(
+            &["PROTOCOL", "STATE", "SESSIONS"],
+            rows.map(|kind| {
+                [kind.protocol.label().to_owned(), kind.state.label().to_owned(), kind.sessions.to_string()]
+            }),
+        )?;
+    }
+    lines("")?;
+    table(
+        &["SNAT ADDRESS", "POOL", "SESSIONS", "MOST PORTS USED", "TOWARDS"],
+        census.addresses.iter().map(|row| {
+            let (used, towards) = row.busiest.map_or_else(
+                || ("-".to_owned(), "-".to_owned()),
+                |Busiest { pod, port, protocol, used }| {
+                    (
+                        format!("{used} ({} %)", share(used.into(), PORTS.into())),
+                        format!("{} {pod}:{port}", protocol.label()),
+                    )
+                },
+            );
+            let pool = row.pool.clone().unwrap_or_else(|| "(draining)".to_owned());
+            [row.address.to_string(), pool, row.sessions.to_string(), used, towards]
+        }),
+    )?;
     Ok(())
 }
 

@@ -3,12 +3,14 @@
 //! - [`Location`], [`Options`]: the command line arguments that find the file, and override single settings.
 //! - `reader`: a typed walk over the TOML document that goes on after a problem, so that all are reported at once.
 //! - `parse`: the keys, their defaults and what each of them may be.
+//! - [`snat`]: the section on source translation.
 //! - `validate`: what must hold between keys.
 
 mod options;
 mod parse;
 mod problem;
 mod reader;
+pub mod snat;
 mod validate;
 
 use std::{
@@ -27,6 +29,7 @@ use ipnet::Ipv4Net;
 pub use options::{Location, Options, Overrides};
 pub use parse::DEFAULT_BPFFS;
 pub use problem::{Problem, Problems};
+pub use snat::{Snat, SnatAction, SnatPool, SnatRule};
 
 /// The validated configuration: every field has its final value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +42,8 @@ pub struct Config {
     pub interfaces: Vec<Interface>,
     /// Overlays; the index is the overlay id.
     pub overlays: Vec<Overlay>,
+    /// Source translation.
+    pub snat: Snat,
     /// Settings of the BPF program and its tables.
     pub datapath: Datapath,
     /// What may be changed on this host besides what is the gateway's own.
@@ -183,6 +188,17 @@ pub struct HostSettings {
 }
 
 impl Config {
+    /// The network devices that the configuration names, each once, in its order.
+    pub fn devices(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for interface in &self.interfaces {
+            if !names.contains(&interface.name.as_str()) {
+                names.push(&interface.name);
+            }
+        }
+        names
+    }
+
     /// Reads and validates a configuration file. Everything that is wrong is reported, not only what comes first.
     pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, Problems> {
         let file = path.display().to_string();

@@ -10,10 +10,16 @@ use super::{Config, DatapathLog, Problems, XdpMode, parse::check_instance};
 #[derive(Args, Clone, Debug)]
 pub struct Location {
     /// Configuration file
-    #[arg(long, env = "GATEWAY_CONFIG", value_name = "FILE", default_value = "/etc/gateway/gateway.toml")]
+    #[arg(
+        long,
+        global = true,
+        env = "GATEWAY_CONFIG",
+        value_name = "FILE",
+        default_value = "/etc/gateway/gateway.toml"
+    )]
     pub config: PathBuf,
     /// Name of this gateway on the host, instead of the configuration's `instance`
-    #[arg(long, env = "GATEWAY_INSTANCE", value_name = "NAME", value_parser = parse_instance)]
+    #[arg(long, global = true, env = "GATEWAY_INSTANCE", value_name = "NAME", value_parser = parse_instance)]
     pub instance: Option<String>,
 }
 

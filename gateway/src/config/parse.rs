@@ -14,7 +14,7 @@ use super::{
     Config, Datapath, DatapathLog, DontFragment, ExtraSource, HostSettings, Interface, Overlay, Overrides,
     Problems, Source, SourceCheck, XdpMode,
     reader::{Located, Parse, Report, Section, convert, kind},
-    validate,
+    snat, validate,
 };
 
 const DEFAULT_INSTANCE: &str = "default";
@@ -48,7 +48,7 @@ impl<T> Optional<T> {
     }
 
     /// `None` if it is wrong, else what `then` makes of the value or its absence.
-    fn settle<U>(self, then: impl FnOnce(Option<T>) -> U) -> Option<U> {
+    pub(super) fn settle<U>(self, then: impl FnOnce(Option<T>) -> U) -> Option<U> {
         match self {
             Self::Absent => Some(then(None)),
             Self::Wrong => None,
@@ -108,19 +108,23 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
         .map(|sections| sections.into_iter().map(|s| read_interface(s, &report)).collect());
     let overlays: Option<Vec<OverlayDraft>> =
         root.sections("overlay").map(|sections| sections.into_iter().map(read_overlay).collect());
+    let snat = snat::read(root.section("snat"), &report);
     let datapath = read_datapath(root.section("datapath"), overrides);
     let host = read_host(root.section("host"));
     root.finish();
 
     validate::interfaces(&report, interfaces.as_deref());
     validate::overlays(&report, overlays.as_deref());
-    validate::mode(&report, datapath.as_ref().map(|datapath| datapath.xdp_mode), overlays.as_deref());
+    let xdp_mode = datapath.as_ref().map(|datapath| datapath.xdp_mode);
+    validate::mode(&report, xdp_mode, overlays.as_deref());
+    let snat = snat.finish(&report, overlays.as_deref(), xdp_mode);
     let config = (|| {
         Some(Config {
             instance: instance?,
             source: source?,
             interfaces: interfaces?.into_iter().map(InterfaceDraft::finish).collect::<Option<_>>()?,
             overlays: overlays?.into_iter().map(OverlayDraft::finish).collect::<Option<_>>()?,
+            snat: snat?,
             datapath: datapath?,
             host: host?,
         })
@@ -319,7 +323,7 @@ fn read_host(mut section: Section<'_>) -> Option<HostSettings> {
 }
 
 /// An absent key has its default. `None` if it is wrong.
-fn read_or<T>(
+pub(super) fn read_or<T>(
     section: &mut Section<'_>,
     key: &'static str,
     parse: Parse<T>,
@@ -333,7 +337,7 @@ fn read_or<T>(
     }
 }
 
-fn read_optional<T>(section: &mut Section<'_>, key: &'static str, parse: Parse<T>) -> Optional<T> {
+pub(super) fn read_optional<T>(section: &mut Section<'_>, key: &'static str, parse: Parse<T>) -> Optional<T> {
     let present = section.has(key);
     match section.read(key, parse) {
         Some(found) => Optional::Given(found),
@@ -346,11 +350,11 @@ fn value<T>(found: Option<Located<T>>) -> Option<T> {
     found.map(|found| found.value)
 }
 
-fn text<'v>(value: &'v DeValue<'_>) -> Result<&'v str, String> {
+pub(super) fn text<'v>(value: &'v DeValue<'_>) -> Result<&'v str, String> {
     value.as_str().ok_or_else(|| format!("is {}", kind(value)))
 }
 
-fn integer<T: TryFrom<i64>>(value: &DeValue<'_>, min: i64, max: i64) -> Result<T, String> {
+pub(super) fn integer<T: TryFrom<i64>>(value: &DeValue<'_>, min: i64, max: i64) -> Result<T, String> {
     let wrong = || format!("is {}", kind(value));
     let number = value.as_integer().ok_or_else(wrong)?;
     let number = i64::from_str_radix(number.as_str(), number.radix()).map_err(|_| wrong())?;
@@ -465,12 +469,12 @@ const TTL: Parse<u8> = Parse { expected: "a TTL, 1 to 255", parse: |value| integ
 
 const DSCP: Parse<u8> = Parse { expected: "a DSCP, 0 to 63", parse: |value| integer(value, 0, 63) };
 
-const TABLE_SIZE: Parse<u32> = Parse {
+pub(super) const TABLE_SIZE: Parse<u32> = Parse {
     expected: "a number of entries, 1 to 16777216",
     parse: |value| integer(value, 1, i64::from(LARGEST_TABLE)),
 };
 
-const IPV4: Parse<Ipv4Addr> = Parse {
+pub(super) const IPV4: Parse<Ipv4Addr> = Parse {
     expected: "an IPv4 address, such as 10.244.30.1",
     parse: |value| {
         let text = text(value)?;

@@ -1,5 +1,6 @@
 //! The configuration file as a person meets it.
 
+use gateway_common::abi::{Timeouts, ticks};
 use proptest::prelude::*;
 use rstest::rstest;
 
@@ -66,6 +67,19 @@ fn the_sample_is_valid_and_means_what_it_says() {
                 mss_clamp: true,
                 annotation_prefix: "flannel.alpha.coreos.com/".into(),
             }],
+            snat: Snat {
+                pools: vec![SnatPool {
+                    name: "automap".into(),
+                    addresses: vec![Ipv4Addr::new(10, 244, 30, 254)],
+                }],
+                rules: vec![SnatRule {
+                    clients: "0.0.0.0/0".parse().unwrap(),
+                    destinations: "0.0.0.0/0".parse().unwrap(),
+                    action: SnatAction::Pool(0),
+                }],
+                timeouts: Timeouts::DEFAULT,
+                max_sessions: 262_144,
+            },
             datapath: Datapath {
                 xdp_mode: XdpMode::Driver,
                 log: DatapathLog::Off,
@@ -84,10 +98,17 @@ fn the_sample_is_valid_and_means_what_it_says() {
 #[test]
 fn off_refuses_what_only_the_program_can_do() {
     let keys = "df = \"set\"\nttl = 9\ndscp = 8\nallow_gbp = true\n";
-    let off = format!("{MINIMAL}{keys}[datapath]\nxdp_mode = \"off\"\n");
+    let off = format!("{MINIMAL}{keys}[datapath]\nxdp_mode = \"off\"\n[snat]\nmode = \"none\"\n");
     let found: Vec<String> = problems(&off).into_iter().map(|(_, key, _)| key).collect();
     assert_eq!(found, ["df", "ttl", "dscp", "allow_gbp"].map(|key| format!("overlay[0].{key}")));
-    parse(&off.replace(keys, "")).unwrap();
+    let off = off.replace(keys, "");
+    parse(&off).unwrap();
+    // Translation is the program's, also where it is not asked for by name.
+    for translating in [off.replace("[snat]\nmode = \"none\"\n", ""), off.replace("none", "automap")] {
+        let found = problems(&translating);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].1 == "snat.mode" && found[0].2.contains("mode = \"none\""), "{found:?}");
+    }
     parse(&off.replace("\"off\"", "\"driver\"")).unwrap();
 }
 
@@ -103,7 +124,7 @@ fn the_sample_documents_the_defaults() {
         .flat_map(|line| [line, "\n"])
         .collect();
     let mut expected = parse(SAMPLE).unwrap();
-    // The two keys of which the sample says that they have no default.
+    // The keys of which the sample says that they have no default.
     expected.interfaces[1].vlan = Some(100);
     expected.overlays[0].network = Some("10.244.0.0/16".parse().unwrap());
     assert_eq!(parse(&written_out).unwrap(), expected);
@@ -376,4 +397,127 @@ fn the_readme_is_true() {
     let node: k8s_openapi::api::core::v1::Node = serde_saphyr::from_str(&block("yaml")).unwrap();
     let reading = read_node(&node, &config.overlays[0]);
     assert!(matches!(reading, NodeReading::Skipped(NodeSkip::Own)), "{reading:?}");
+}
+
+const POOLS: &str = r#"
+[snat]
+mode = "pool"
+default_pool = "web"
+[[snat.pool]]
+name = "web"
+addresses = ["10.244.30.16-10.244.30.19", "10.244.30.40"]
+[[snat.pool]]
+name = "block"
+addresses = ["10.244.30.64/28"]
+[[snat.rule]]
+clients = "192.0.2.0/25"
+destinations = "10.244.1.0/24"
+pool = "block"
+[[snat.rule]]
+clients = "198.51.100.0/24"
+action = "route"
+[snat.timeouts]
+udp = 90
+"#;
+
+#[test]
+fn pools_rules_and_timeouts_are_read() {
+    let snat = parse(&format!("{MINIMAL}{POOLS}")).unwrap().snat;
+    let pools: Vec<_> = snat.pools.iter().map(|pool| (pool.name.as_str(), pool.addresses.len())).collect();
+    assert_eq!(pools, [("web", 5), ("block", 16)]);
+    assert_eq!(snat.pools[0].addresses[4], Ipv4Addr::new(10, 244, 30, 40));
+    let rules: Vec<_> =
+        snat.rules.iter().map(|rule| (rule.clients.to_string(), rule.destinations.to_string(), rule.action)).collect();
+    let any = || "0.0.0.0/0".to_owned();
+    assert_eq!(
+        rules,
+        [
+            ("192.0.2.0/25".to_owned(), "10.244.1.0/24".to_owned(), SnatAction::Pool(1)),
+            ("198.51.100.0/24".to_owned(), any(), SnatAction::Route),
+            (any(), any(), SnatAction::Pool(0)),
+        ]
+    );
+    assert_eq!(snat.timeouts, Timeouts { udp: ticks(90), ..Timeouts::DEFAULT });
+    assert!(snat.is_on() && snat.slots() == 262_144);
+}
+
+#[test]
+fn automap_takes_the_last_address_that_is_free() {
+    let address = |text: &str| parse(text).unwrap().snat.pools[0].addresses[0].to_string();
+    assert_eq!(address(&format!("{MINIMAL}address = \"10.244.30.254\"\n")), "10.244.30.253");
+    assert_eq!(address(&format!("{MINIMAL}[snat]\naddress = \"10.244.30.9\"\n")), "10.244.30.9");
+    assert_eq!(address(&MINIMAL.replace("30.0/24", "30.0/31")), "10.244.30.1");
+}
+
+/// Each change of the configuration with pools, and a part of the one problem that it must cause.
+#[rstest]
+#[case::unknown_pool("pool = \"block\"", "pool = \"blok\"", "there is no pool \"blok\"")]
+#[case::unknown_default("default_pool = \"web\"", "default_pool = \"wob\"", "there is no pool \"wob\"")]
+#[case::several_and_no_default("default_pool = \"web\"\n", "", "there are several")]
+#[case::unused("pool = \"block\"", "pool = \"web\"", "nobody uses the pool \"block\"")]
+#[case::default_without_pool_mode("mode = \"pool\"", "mode = \"automap\"", "only for mode = \"pool\"")]
+#[case::outside("10.244.30.40", "10.244.31.40", "10.244.31.40 is in no overlay's subnet")]
+#[case::broadcast("10.244.30.40", "10.244.30.255", "the network or broadcast address")]
+#[case::own("10.244.30.40", "10.244.30.0", "the gateway's own address in the overlay")]
+#[case::twice("10.244.30.40", "10.244.30.17", "10.244.30.17 is in the pool \"web\" already")]
+#[case::overlap("10.244.30.40", "10.244.30.70", "already")]
+#[case::backwards("30.16-10.244.30.19", "30.16-10.244.30.15", "ends before it begins")]
+#[case::too_large("10.244.30.64/28", "10.244.0.0/16", "which has 65536 addresses (at most 256)")]
+#[case::host_bits("10.244.30.64/28", "10.244.30.65/28", "the network is 10.244.30.64/28")]
+#[case::empty("[\"10.244.30.64/28\"]", "[]", "is empty")]
+#[case::same_name("name = \"block\"", "name = \"web\"", "the name of another pool")]
+#[case::reserved_name("block", "automap", "automap is a pool by itself")]
+#[case::no_action("pool = \"block\"\n[[snat.rule]]", "[[snat.rule]]", "snat.rule[0].action: is missing")]
+#[case::two_actions("action = \"route\"", "action = \"route\"\npool = \"web\"", "write one of the two")]
+#[case::shadowed("198.51.100.0/24\"\naction = \"route\"", "192.0.2.0/26\"\ndestinations = \"10.244.1.128/25\"\npool = \"web\"", "can never match: earlier ones")]
+#[case::at_home("192.0.2.0/25", "10.244.30.0/25", "clients in 10.244.30.0/25 are always routed")]
+#[case::route_everybody("clients = \"198.51.100.0/24\"\n", "", "routes without translation")]
+#[case::route_the_subnet("198.51.100.0/24", "10.244.0.0/16", "the gateway's own subnet")]
+#[case::timeout("udp = 90", "udp = 0", "seconds, 1 to 2678400")]
+#[case::unknown_timeout("udp = 90", "udpp = 90", "did you mean \"udp\"?")]
+fn what_is_wrong_with_translation_is_said(#[case] from: &str, #[case] to: &str, #[case] expected: &str) {
+    let text = format!("{MINIMAL}{POOLS}");
+    let changed = text.replacen(from, to, 1);
+    assert_ne!(text, changed);
+    let found = problems(&changed);
+    assert!(found.iter().any(|(_, _, text)| text.contains(expected)), "{found:#?}");
+    assert!(found.len() == 1 || to.contains("name = ") || from == "block", "{found:#?}");
+}
+
+#[test]
+fn what_several_rules_take_together_is_gone() {
+    let rule = |clients: &str| format!("[[snat.rule]]\nclients = \"{clients}\"\naction = \"automap\"\n");
+    let halves = rule("192.0.2.0/25") + &rule("192.0.2.128/25");
+    parse(&format!("{MINIMAL}{}", rule("192.0.2.0/25") + &rule("192.0.2.0/24"))).unwrap();
+    let found = problems(&format!("{MINIMAL}{}", halves + &rule("192.0.2.0/24")));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].1, "snat.rule[2].clients");
+}
+
+#[test]
+fn automap_needs_room_and_belongs_to_nobody_else() {
+    let tight = problems(&MINIMAL.replace("30.0/24", "30.0/32"));
+    assert!(tight.len() == 1 && tight[0].2.contains("has no address for clients from outside"), "{tight:?}");
+    let pool = "[[snat.pool]]\nname = \"p\"\naddresses = [\"10.244.30.254\"]\n[[snat.rule]]\nclients = \"192.0.2.0/24\"\npool = \"p\"\n";
+    let shared = problems(&format!("{MINIMAL}{pool}"));
+    assert!(shared.len() == 1 && shared[0].2.contains("automap's address"), "{shared:?}");
+    let outside = problems(&format!("{MINIMAL}[snat]\naddress = \"10.9.9.9\"\n"));
+    assert!(outside.len() == 1 && outside[0].2.contains("in no overlay's subnet"), "{outside:?}");
+    let unused = problems(&format!("{MINIMAL}[snat]\nmode = \"none\"\naddress = \"10.244.30.9\"\n"));
+    assert!(unused.len() == 1 && unused[0].2.contains("nobody uses automap"), "{unused:?}");
+}
+
+#[test]
+fn rules_and_ports_fit_the_program() {
+    let rule = |i: usize| format!("[[snat.rule]]\nclients = \"192.0.{i}.0/24\"\naction = \"route\"\n");
+    let text = |rules: usize| format!("{MINIMAL}{}", (0..rules).map(rule).collect::<String>());
+    parse(&text(31)).unwrap();
+    let found = problems(&text(32));
+    assert!(found.len() == 1 && found[0].2.contains("there are 33 rules"), "{found:?}");
+
+    let device = |i: usize| format!("[[interface]]\nname = \"eth{i}\"\nroles = [\"external\"]\n");
+    let text = |count: usize| format!("{MINIMAL}{}", (1..=count).map(device).collect::<String>());
+    parse(&text(15)).unwrap();
+    let found = problems(&text(16));
+    assert!(found.len() == 1 && found[0].2.contains("device number 17"), "{found:?}");
 }

@@ -8,7 +8,7 @@ use std::{
     net::Ipv4Addr,
 };
 
-use gateway_common::abi::{MAX_OVERLAYS, MAX_VLANS, Roles};
+use gateway_common::abi::{MAX_OVERLAYS, MAX_PORTS, MAX_VLANS, Roles};
 use ipnet::Ipv4Net;
 
 use super::{
@@ -22,7 +22,18 @@ pub(super) fn interfaces(report: &Report<'_>, interfaces: Option<&[InterfaceDraf
     let Some(interfaces) = interfaces else { return };
     let mut entries = BTreeSet::new();
     let mut vlans: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut devices = BTreeSet::new();
     for interface in interfaces {
+        if let Some(name) = &interface.name
+            && devices.insert(name.value.as_str())
+            && devices.len() == MAX_PORTS + 1
+        {
+            name.note(
+                report,
+                format!("is the device number {}", devices.len()),
+                format!("{MAX_PORTS} are the most that one gateway drives: run another gateway for the rest"),
+            );
+        }
         let (Some(name), Optional::Absent | Optional::Given(_)) = (&interface.name, &interface.vlan) else {
             continue;
         };

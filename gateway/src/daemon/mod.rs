@@ -1,9 +1,10 @@
 //! The loop that turns events into tables.
 //!
-//! Three things wake it: the source of cluster objects, rtnetlink, and a clock. Each only marks what must be looked at
-//! again ([`Pending`]); then one piece of work brings everything marked up to date. Whatever fails stays marked by
+//! Four things wake it: the source of cluster objects, rtnetlink, what is found among the sessions, and a clock. Each only
+//! marks what must be looked at again ([`Pending`]); then one piece of work brings everything marked up to date. Whatever fails stays marked by
 //! being different, and the clock's full pass finds it.
 
+mod ageing;
 mod chores;
 mod interfaces;
 mod problems;
@@ -12,11 +13,12 @@ mod slow_path;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
-use gateway_common::abi::{self, VtepFlags, VtepSlot};
+use gateway_common::abi::{self, OverlayAddress, VtepFlags, VtepSlot};
 use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval, sleep, sleep_until},
@@ -26,6 +28,7 @@ use tracing::{debug, error, info, warn};
 
 pub use self::problems::ProblemReport;
 use self::{
+    ageing::{Ageing, Walk},
     chores::{Chore, Chores},
     interfaces::{Finished, Interfaces},
     problems::{Part, Problems},
@@ -34,12 +37,13 @@ use self::{
 };
 use crate::{
     cluster::{self, model},
-    config::{Config, Overlay, Source, XdpMode},
+    config::{Config, Overlay, Source, XdpMode, snat::session_memory_text},
     dataplane::{
-        constants::{TooMany, constants},
+        constants::{self, Sessions, TooMany, constants},
         load::{LoadError, Loaded, Programs},
         pins::{InstanceLock, Pins},
         reconcile::{Pass, Reconciler, Scope},
+        sessions::SessionTables,
         tables::Tables,
         template,
     },
@@ -50,6 +54,7 @@ use crate::{
         underlay::{NextHop, Path, ReadyHop, Underlay},
     },
     plan::{Changes, Planner, VtepKey, VtepSpec},
+    sessions::census::{self, Census},
 };
 
 /// How often everything is read anew and compared.
@@ -136,6 +141,14 @@ impl Retry {
     }
 }
 
+/// Addresses that sessions use although the configuration does not name them; those that are in no overlay's subnet any
+/// more get no answers anyway.
+fn draining(config: &Config, found: &census::Sessions) -> BTreeSet<Ipv4Addr> {
+    let mut draining = found.draining();
+    draining.retain(|address| config.overlays.iter().any(|overlay| overlay.subnet.contains(address)));
+    draining
+}
+
 /// The daemon of an instance.
 #[derive(Debug)]
 pub struct Daemon {
@@ -143,6 +156,8 @@ pub struct Daemon {
     handle: rtnetlink::Handle,
     programs: Programs,
     interfaces: Interfaces,
+    /// What programs have to know of sessions.
+    sessions: Sessions,
     reconciler: Reconciler,
     planner: Planner,
     underlay: Underlay,
@@ -173,9 +188,17 @@ impl Daemon {
                 path.display()
             );
         }
-        let programs = Programs::prepare(pins, &config.datapath)?;
+        let mut programs = Programs::prepare(pins, &config)?;
         programs.create_tables()?;
-        let reconciler = Reconciler::adopt(Tables::open(programs.pins())?)?;
+        let tables = Tables::open(programs.pins())?;
+        let mut census = Census::default();
+        tables.sessions.each(|key, value| census.add(key, value))?;
+        let census = census.finish(programs.session_slots(), &config.snat);
+        let sessions = Sessions { slots: programs.session_slots(), draining: draining(&config, &census) };
+        if config.snat.is_on() {
+            info!(open = census.sessions, "room for {}", session_memory_text(sessions.slots));
+        }
+        let reconciler = Reconciler::adopt(tables)?;
         let handle = netlink::connect().context("cannot open a netlink connection")?;
         let host = Host::read(&handle).await?;
         let slow_path = SlowPath::start(&config, &host).await?;
@@ -186,6 +209,7 @@ impl Daemon {
             handle,
             programs,
             interfaces: Interfaces::default(),
+            sessions,
             reconciler,
             slow_path,
             host,
@@ -200,11 +224,16 @@ impl Daemon {
         let names: BTreeSet<String> = daemon.interface_names();
         daemon.programs.detach_others(|name| names.contains(name))?;
         daemon.apply_host_tables();
+        // All are loaded before the first one is attached: interfaces whose programs work on different session tables
+        // know nothing of each other's new clients.
+        let mut loaded = Vec::new();
         for name in &names {
             if let Some((link, constants)) = daemon.wanted(name)? {
-                let loaded = daemon.programs.loader().load(name, &constants)?;
-                daemon.programs.attach(&link, loaded)?;
+                loaded.push((link, daemon.programs.loader().load(name, &constants)?));
             }
+        }
+        for (link, program) in loaded {
+            daemon.programs.attach(&link, program)?;
         }
         daemon.programs.settle_tables()?;
         Ok(daemon)
@@ -219,6 +248,7 @@ impl Daemon {
         let mut netlink = netlink::subscribe().context("cannot subscribe to netlink events")?;
         let mut firewall =
             SlowPath::watch(&self.config).context("cannot subscribe to changes of nftables")?;
+        let mut ageing = self.age()?;
         let (sender, mut source) = mpsc::channel(BURST);
         let watcher = match &self.config.source {
             Source::Files { path } => {
@@ -238,7 +268,7 @@ impl Daemon {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
-                () = self.work(&mut pending, &mut netlink) => {}
+                () = self.work(&mut pending, &mut netlink, &ageing) => {}
             }
             unpublished = true;
             retry.note(self.problems.want_retry());
@@ -261,6 +291,12 @@ impl Daemon {
                             }
                         }
                         break 'wait;
+                    }
+                    walk = ageing.next() => {
+                        if self.take_walk(walk) {
+                            pending.host = true;
+                            break 'wait;
+                        }
                     }
                     Some(()) = firewall.recv() => {
                         pending.firewall = true;
@@ -298,6 +334,37 @@ impl Daemon {
         self.publish();
         info!("stopping; the datapath keeps forwarding (`gateway detach` removes it)");
         Ok(())
+    }
+
+    /// Starts the ageing of sessions.
+    fn age(&self) -> anyhow::Result<Ageing> {
+        let pins = self.programs.pins();
+        let constants = constants::common(&self.config, &self.host, &self.sessions)?;
+        let sweeper = self.programs.loader().sweeper(&constants)?;
+        Ageing::start(SessionTables::open(pins)?, sweeper, &self.config.snat)
+            .context("cannot start the thread that ages sessions")
+    }
+
+    /// Notes what was found among the sessions; tells whether addresses have drained.
+    fn take_walk(&mut self, walk: Walk) -> bool {
+        let mut problems = walk.sessions.problems();
+        let failed = walk.fault.is_some();
+        problems.extend(walk.fault);
+        self.problems.set(Part::Sessions, problems);
+        if failed {
+            return false;
+        }
+        let draining = draining(&self.config, &walk.sessions);
+        let drained = draining != self.sessions.draining;
+        if drained {
+            let gone: Vec<String> =
+                self.sessions.draining.difference(&draining).map(ToString::to_string).collect();
+            if !gone.is_empty() {
+                info!("no session uses these former SNAT addresses any more: {}", gone.join(", "));
+            }
+            self.sessions.draining = draining;
+        }
+        drained
     }
 
     /// Interfaces that get a program.
@@ -360,7 +427,12 @@ impl Daemon {
 
     /// Brings the tables up to date, and does one of the chores: a next hop that moves meanwhile must not wait for
     /// all of them.
-    async fn work(&mut self, pending: &mut Pending, netlink: &mut mpsc::UnboundedReceiver<netlink::Event>) {
+    async fn work(
+        &mut self,
+        pending: &mut Pending,
+        netlink: &mut mpsc::UnboundedReceiver<netlink::Event>,
+        ageing: &Ageing,
+    ) {
         if pending.host || pending.routes {
             sleep(SETTLE).await;
             while let Ok(event) = netlink.try_recv() {
@@ -407,7 +479,8 @@ impl Daemon {
             }
             let moved = hops || host || routes || neighbours || verify || !changes.vteps.is_empty();
             let hops_moved = moved && self.update_hops(&mut changes);
-            self.apply_tables(if verify { Scope::Everything } else { Scope::Only(&changes) });
+            let gone = self.apply_tables(if verify { Scope::Everything } else { Scope::Only(&changes) });
+            ageing.end(gone);
             if hops {
                 // A neighbour that went must be asked for again.
                 self.underlay.resolve().await;
@@ -515,7 +588,8 @@ impl Daemon {
         moved
     }
 
-    fn apply_tables(&mut self, scope: Scope<'_>) {
+    /// Makes the tables those of the plan; gives the pods that went.
+    fn apply_tables(&mut self, scope: Scope<'_>) -> Vec<OverlayAddress> {
         let begin = Instant::now();
         let pass = self.reconciler.apply(self.planner.desired(), &self.slots, scope);
         if pass.written + pass.deleted > 0 {
@@ -526,14 +600,29 @@ impl Daemon {
         if full || !pass.problems.is_empty() {
             self.problems.set(Part::Tables, pass.problems);
         }
+        pass.gone_pods
     }
 
     fn apply_host_tables(&mut self) {
         let devices: BTreeSet<String> = self.config.overlays.iter().map(device_name).collect();
-        let addresses = self.host.address_table(&self.config);
+        let addresses = self.host.address_table(&self.config, &self.sessions.draining);
         let egress = self.host.egress_table(&self.config, |name| devices.contains(name));
         let Pass { problems, .. } = self.reconciler.apply_host(&addresses, &egress);
         self.problems.set(Part::HostTables, problems);
+        self.problems.set(Part::Translation, self.translation_problems());
+    }
+
+    /// What is wrong with the addresses and tables of source translation, for people.
+    fn translation_problems(&self) -> Vec<String> {
+        let mut problems: Vec<String> = self.host.misused(&self.config.snat).map(|(_, text)| text).collect();
+        let (slots, wanted) = (self.sessions.slots, self.config.snat.slots());
+        if slots > wanted {
+            problems.push(format!(
+                "the session tables keep room for {slots} sessions instead of {wanted}, because more were open at the \
+                 start: start the gateway again when fewer are, or end some with `gateway sessions flush`"
+            ));
+        }
+        problems
     }
 
     async fn apply_devices(&mut self) {
@@ -573,7 +662,7 @@ impl Daemon {
             self.interfaces.note(name, Some(fault));
             return Ok(None);
         };
-        Ok(Some((link.clone(), constants(&self.config, &self.host, link)?)))
+        Ok(Some((link.clone(), constants(&self.config, &self.host, link, &self.sessions)?)))
     }
 
     /// Interfaces come back with another index, or get another address; somebody may remove the program.

@@ -24,6 +24,8 @@ pub(super) enum Part {
     Firewall,
     Settings,
     Netlink,
+    Translation,
+    Sessions,
 }
 
 impl Part {
@@ -36,12 +38,14 @@ impl Part {
             Self::Firewall => "firewall",
             Self::Settings => "kernel settings",
             Self::Netlink => "netlink",
+            Self::Translation => "source translation",
+            Self::Sessions => "sessions",
         }
     }
 
     /// Whether another attempt may mend it without an event that tells so.
     fn is_retried(self) -> bool {
-        self != Self::Interfaces
+        !matches!(self, Self::Interfaces | Self::Translation | Self::Sessions)
     }
 }
 

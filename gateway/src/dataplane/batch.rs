@@ -18,6 +18,11 @@ use bytemuck::Pod;
 
 use super::bpf::{BatchAttr, Command, ElementAttr, bpf};
 
+/// `BPF_NOEXIST`: the entry must not be there yet.
+const NOEXIST: u64 = 1;
+/// `BPF_EXIST`: the entry must be there.
+const EXIST: u64 = 2;
+
 /// Not in libc: what some map types answer instead of EOPNOTSUPP (`ENOTSUPP` in `linux/errno.h`).
 const ENOTSUPP: i32 = 524;
 
@@ -112,13 +117,62 @@ impl<K: Pod, V: Pod> Map<K, V> {
     }
 
     fn update_one(&self, key: &K, value: &V) -> io::Result<()> {
+        self.put(key, value, 0)
+    }
+
+    fn put(&self, key: &K, value: &V, flags: u64) -> io::Result<()> {
         let mut attr = ElementAttr {
             map_fd: self.fd(),
             key: input(std::slice::from_ref(key)),
             value: input(std::slice::from_ref(value)),
+            flags,
             ..ElementAttr::default()
         };
         bpf(Command::Update, &mut attr).map(drop)
+    }
+
+    /// Creates an entry, unless there is one; whether it did.
+    ///
+    /// # Errors
+    ///
+    /// What bpf(2) says (E2BIG: the map is full).
+    pub fn insert(&self, key: &K, value: &V) -> io::Result<bool> {
+        match self.put(key, value, NOEXIST) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+
+    /// Overwrites an entry, if there is one; whether it did.
+    ///
+    /// # Errors
+    ///
+    /// What bpf(2) says.
+    pub fn replace(&self, key: &K, value: &V) -> io::Result<bool> {
+        match self.put(key, value, EXIST) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+
+    /// The value of a key.
+    ///
+    /// # Errors
+    ///
+    /// What bpf(2) says.
+    pub fn lookup(&self, key: &K) -> io::Result<Option<V>> {
+        let mut value = V::zeroed();
+        let mut attr = ElementAttr {
+            map_fd: self.fd(),
+            key: input(std::slice::from_ref(key)),
+            value: output(std::slice::from_mut(&mut value)),
+            ..ElementAttr::default()
+        };
+        match bpf(Command::Lookup, &mut attr) {
+            Ok(_) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes entries; those that are not there count as removed.
@@ -174,41 +228,77 @@ impl<K: Pod, V: Pod> Map<K, V> {
     ///
     /// What bpf(2) says.
     pub fn read(&self) -> io::Result<Vec<(K, V)>> {
-        // The kernel's cursor is a bucket number (hash tables) or a key (all others).
-        let mut cursor = vec![0_u8; size_of::<K>().max(size_of::<u32>())];
-        let mut next = cursor.clone();
-        let mut started = false;
-        let mut keys = vec![K::zeroed(); CHUNK];
-        let mut values = vec![V::zeroed(); CHUNK];
         let mut entries = Vec::new();
-        loop {
+        let mut batches = self.batches();
+        while let Some((keys, values)) = batches.next()? {
+            entries.extend(keys.iter().copied().zip(values.iter().copied()));
+        }
+        Ok(entries)
+    }
+
+    /// All entries, in batches. Of a hash table that others write meanwhile, every entry that is there all the time is
+    /// among them once: the kernel goes from bucket to bucket.
+    pub fn batches(&self) -> Batches<'_, K, V> {
+        // The kernel's cursor is a bucket number (hash tables) or a key (all others).
+        let cursor = vec![0_u8; size_of::<K>().max(size_of::<u32>())];
+        Batches {
+            map: self,
+            next: cursor.clone(),
+            cursor,
+            started: false,
+            ended: false,
+            keys: vec![K::zeroed(); CHUNK],
+            values: vec![V::zeroed(); CHUNK],
+        }
+    }
+}
+
+/// A walk over a map in batches, in constant memory.
+#[derive(Debug)]
+pub struct Batches<'m, K, V> {
+    map: &'m Map<K, V>,
+    cursor: Vec<u8>,
+    next: Vec<u8>,
+    started: bool,
+    ended: bool,
+    keys: Vec<K>,
+    values: Vec<V>,
+}
+
+impl<K: Pod, V: Pod> Batches<'_, K, V> {
+    /// The next entries; `None` at the end. A batch may be empty.
+    ///
+    /// # Errors
+    ///
+    /// What bpf(2) says.
+    #[expect(clippy::should_implement_trait, reason = "it lends its buffers, which no iterator can")]
+    pub fn next(&mut self) -> io::Result<Option<(&[K], &[V])>> {
+        while !self.ended {
             let mut attr = BatchAttr {
-                in_batch: if started { input(&cursor) } else { 0 },
-                out_batch: output(&mut next),
-                keys: output(&mut keys),
-                values: output(&mut values),
-                count: count(keys.len()),
-                map_fd: self.fd(),
+                in_batch: if self.started { input(&self.cursor) } else { 0 },
+                out_batch: output(&mut self.next),
+                keys: output(&mut self.keys),
+                values: output(&mut self.values),
+                count: count(self.keys.len()),
+                map_fd: self.map.fd(),
                 ..BatchAttr::default()
             };
-            let end = match bpf(Command::LookupBatch, &mut attr) {
-                Ok(_) => false,
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            match bpf(Command::LookupBatch, &mut attr) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => self.ended = true,
                 // One hash bucket holds more entries than there is room for.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                    keys.resize(keys.len() * 2, K::zeroed());
-                    values.resize(keys.len(), V::zeroed());
+                    self.keys.resize(self.keys.len() * 2, K::zeroed());
+                    self.values.resize(self.keys.len(), V::zeroed());
                     continue;
                 }
                 Err(error) => return Err(error),
-            };
-            let read = attr.count as usize;
-            entries.extend(keys.iter().copied().zip(values.iter().copied()).take(read));
-            if end {
-                return Ok(entries);
             }
-            std::mem::swap(&mut cursor, &mut next);
-            started = true;
+            std::mem::swap(&mut self.cursor, &mut self.next);
+            self.started = true;
+            let read = attr.count as usize;
+            return Ok(Some((&self.keys[..read], &self.values[..read])));
         }
+        Ok(None)
     }
 }

@@ -14,6 +14,7 @@ use std::{
 #[derive(Clone, Copy)]
 #[repr(u32)]
 pub(super) enum Command {
+    Lookup = 1,
     Update = 2,
     Delete = 3,
     ObjectGet = 7,

@@ -15,16 +15,18 @@ use aya::{
     },
 };
 use aya_log::EbpfLogger;
-use gateway_common::abi::{self, CONFIG_SYMBOL, PROGRAM};
+use gateway_common::abi::{self, CONFIG_SYMBOL, PROGRAM, SWEEP_PROGRAM, Ticks, map};
 use tracing::{info, warn};
 
 use super::{
     bpf,
-    pins::{MapSpec, PinError, Pins, spec},
+    pins::{MapSpec, PinError, Pins, SESSION_TABLES, spec},
+    sessions::{self, Merged, SessionTables},
+    sweep::Sweeper,
     tables::{self, MoveError},
 };
 use crate::{
-    config::{self, DatapathLog},
+    config::{self, Config, DatapathLog},
     kernel::host::{AttachMode, Link},
 };
 
@@ -52,7 +54,7 @@ pub enum LoadError {
     /// The kernel refuses the program.
     #[error("the kernel refuses the XDP program for {interface}: {source}\n{log}")]
     Program {
-        /// Interface.
+        /// Interface, or the name of a program that is not attached.
         interface: String,
         /// What aya said.
         source: io::Error,
@@ -60,8 +62,8 @@ pub enum LoadError {
         log: String,
     },
     /// The object is not the one that this daemon was built with.
-    #[error("the BPF object has no XDP program named {PROGRAM}: build the gateway anew")]
-    NoProgram,
+    #[error("the BPF object has no XDP program named {0}: build the gateway anew")]
+    NoProgram(&'static str),
     /// Somebody else's program is there.
     #[error(
         "interface {interface} already runs an XDP program that is not ours (id {id}, name {name}): it is left alone. \
@@ -187,11 +189,32 @@ impl Loaded {
     }
 
     fn program(&mut self) -> Result<&mut Xdp, LoadError> {
-        self.ebpf.program_mut(PROGRAM).and_then(|program| program.try_into().ok()).ok_or(LoadError::NoProgram)
+        self.ebpf.program_mut(PROGRAM).and_then(|program| program.try_into().ok()).ok_or(LoadError::NoProgram(PROGRAM))
     }
 }
 
 impl Loader {
+    /// For tables that are there, of so many sessions, and for tools: the program's own log is off.
+    pub fn of(pins: Pins, config: &Config, slots: u32) -> Self {
+        let settings = config::Datapath { log: DatapathLog::Off, ..config.datapath.clone() };
+        Self { pins, specs: spec::all(&settings, slots).to_vec(), settings }
+    }
+
+    /// Loads the program that removes sessions; `constants` has the timeouts.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses it, and why.
+    pub fn sweeper(&self, constants: &abi::Config) -> Result<Sweeper, LoadError> {
+        let mut object = self.object(constants)?;
+        let program: &mut Xdp = object
+            .program_mut(SWEEP_PROGRAM)
+            .and_then(|program| program.try_into().ok())
+            .ok_or(LoadError::NoProgram(SWEEP_PROGRAM))?;
+        program.load().map_err(|error| refused(SWEEP_PROGRAM, error))?;
+        Ok(Sweeper::new(object))
+    }
+
     /// Loads a program with these constants, meant for an interface of that name. Takes a tenth of a second and more,
     /// and changes nothing.
     ///
@@ -225,6 +248,11 @@ impl Loader {
 #[derive(Debug)]
 pub struct Programs {
     loader: Loader,
+    slots: u32,
+    /// Session tables that programs may still work on, until every one works on those of this run.
+    predecessors: Vec<SessionTables>,
+    /// A moment before their sessions were taken over first.
+    taken_over: Ticks,
     attached: BTreeMap<String, Attachment>,
 }
 
@@ -234,11 +262,21 @@ impl Programs {
     /// # Errors
     ///
     /// A pin that is not what this version expects.
-    pub fn prepare(mut pins: Pins, settings: &config::Datapath) -> Result<Self, LoadError> {
+    pub fn prepare(mut pins: Pins, config: &Config) -> Result<Self, LoadError> {
         pins.prepare()?;
-        let specs = spec::all(settings).to_vec();
+        let taken_over = sessions::now();
+        let predecessors = adopt_left_over(&pins)?.into_iter().collect();
+        pins.clear_staging()?;
+        let slots = slots(&pins, config.snat.slots())?;
+        let specs = spec::all(&config.datapath, slots).to_vec();
         pins.check(&specs)?;
-        Ok(Self { loader: Loader { pins, specs, settings: settings.clone() }, attached: BTreeMap::new() })
+        let loader = Loader { pins, specs, settings: config.datapath.clone() };
+        Ok(Self { loader, slots, predecessors, taken_over, attached: BTreeMap::new() })
+    }
+
+    /// How many sessions the tables have room for. More than configured, if more are open.
+    pub fn session_slots(&self) -> u32 {
+        self.slots
     }
 
     /// The pins.
@@ -256,23 +294,38 @@ impl Programs {
     /// # Errors
     ///
     /// The object cannot be loaded, or what a table holds does not fit its new size. What ran before goes on running.
-    pub fn create_tables(&self) -> Result<(), LoadError> {
+    pub fn create_tables(&mut self) -> Result<(), LoadError> {
         // Dropped again at once: the pins keep the tables.
         self.loader.object(&abi::Config::UNSET)?;
-        for name in self.pins().staged() {
+        for name in self.pins().staged().iter().filter(|name| !SESSION_TABLES.contains(name)) {
             let copied = tables::fill_successor(self.pins(), name)?;
             info!(table = name, entries = copied, "table moved to its new size");
+        }
+        if self.pins().staged().contains(map::REVERSE) {
+            let old = SessionTables::open(&self.pins().without_staging())?;
+            let new = SessionTables::open(self.pins())?;
+            let merged = sessions::merge(&old, &new, None).map_err(MoveError::from)?;
+            report(merged, "sessions moved to tables of the new size");
+            self.predecessors.push(old);
         }
         Ok(())
     }
 
-    /// Makes the tables the ones that an instance is known by, when every program uses them.
+    /// Makes the tables the ones that an instance is known by, when every program uses them. What happened to sessions
+    /// while programs were swapped is taken over.
     ///
     /// # Errors
     ///
-    /// A pin that cannot be put in its place.
-    pub fn settle_tables(&mut self) -> Result<(), PinError> {
-        self.loader.pins.settle()
+    /// A table that cannot be read or written, a pin that cannot be put in its place.
+    pub fn settle_tables(&mut self) -> Result<(), LoadError> {
+        if !self.predecessors.is_empty() {
+            let new = SessionTables::open(self.pins())?;
+            for old in self.predecessors.drain(..) {
+                let merged = sessions::merge(&old, &new, Some(self.taken_over)).map_err(MoveError::from)?;
+                report(merged, "sessions of the meantime taken over");
+            }
+        }
+        Ok(self.loader.pins.settle()?)
     }
 
     /// Whether the interface runs a program with these constants.
@@ -405,6 +458,45 @@ impl Programs {
             }
         }
         Ok(())
+    }
+}
+
+/// Sessions of a start that was cut off are put with the others; the tables that they are from, as programs may still
+/// work on them.
+fn adopt_left_over(pins: &Pins) -> Result<Option<SessionTables>, LoadError> {
+    let left = match SessionTables::open(&pins.left_over()) {
+        Ok(left) => left,
+        Err(PinError::Absent(_)) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let own = SessionTables::open(pins)?;
+    report(
+        sessions::merge(&left, &own, None).map_err(MoveError::from)?,
+        "sessions of a start that was cut off taken over",
+    );
+    Ok(Some(left))
+}
+
+/// How many slots the tables get: as many as are wanted, unless more sessions are open.
+fn slots(pins: &Pins, wanted: u32) -> Result<u32, LoadError> {
+    let own = match SessionTables::open(pins) {
+        Ok(own) => own,
+        Err(PinError::Absent(_)) => return Ok(wanted),
+        Err(error) => return Err(error.into()),
+    };
+    let capacity = own.slots.capacity();
+    if wanted >= capacity || own.count().map_err(MoveError::from)? <= wanted as usize {
+        return Ok(wanted);
+    }
+    Ok(capacity)
+}
+
+fn report(merged: Merged, what: &str) {
+    let Merged { added, updated, lost } = merged;
+    if lost > 0 {
+        warn!(added, updated, lost, "{what}; those that are lost had no room, or their ports were given away");
+    } else {
+        info!(added, updated, "{what}");
     }
 }
 

@@ -8,6 +8,8 @@
 //! - `bpf`: the system call, for what aya does not offer; the only `unsafe` code of the daemon.
 //! - [`template`]: the finished header of a VTEP.
 //! - [`reconcile`]: makes the tables equal to the plan.
+//! - [`sessions`]: the tables of sessions, and how they move to another size while the program works on them.
+//! - [`sweep`]: removes sessions, by a program.
 
 pub mod batch;
 mod bpf;
@@ -15,5 +17,7 @@ pub mod constants;
 pub mod load;
 pub mod pins;
 pub mod reconcile;
+pub mod sessions;
+pub mod sweep;
 pub mod tables;
 pub mod template;

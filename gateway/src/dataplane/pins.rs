@@ -15,9 +15,11 @@
 //! <bpffs>/gateway/<instance>/v<abi>/staging/<table>     tables of another size, until every program uses them
 //! ```
 //!
-//! A table whose capacity is not the configured one is made anew in `staging`, filled there, and renamed over the old
-//! one when every program has been swapped. Until then nothing but the copying writes to it: a start that is cut off
-//! leaves the old table as true as the new one, and the next start begins again from the old one.
+//! A table whose capacity is not the configured one is made anew in `staging`, filled there, and takes the old one's
+//! place when every program has been swapped: the two directories are exchanged in one step. Until then only the daemon
+//! writes to the tables of the plan, so a start that is cut off leaves the old ones as true as the new ones, and the next
+//! start begins again from the old ones. Sessions are written by the program: what a start that was cut off left in
+//! `staging` (or what the exchange left there) may hold sessions of its own, which the next start takes over.
 
 use std::{
     collections::BTreeSet,
@@ -30,13 +32,14 @@ use std::{
 };
 
 use aya::maps::{MapData, MapError, MapInfo, MapType};
-use gateway_common::abi::VERSION;
+use gateway_common::abi::{VERSION, map};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 /// Directory for runtime files; one subdirectory for each instance.
 pub const RUN_DIRECTORY: &str = "/run/gateway";
@@ -148,23 +151,32 @@ impl MapSpec {
         Shape { kind: Some(kind), key_size, value_size, flags, max_entries }
     }
 
-    /// Whether the daemon can move the table to another capacity: nobody else writes to it. The program counts while
-    /// we would copy, so the capacity of counters belongs to the ABI.
+    /// Whether the daemon can move the table to another capacity. The program counts while we would copy, so the capacity
+    /// of counters belongs to the ABI.
     fn can_move(&self) -> bool {
-        self.kind != MapType::PerCpuArray
+        self.kind != MapType::PerCpuArray && self.name != map::HAND
     }
 }
+
+/// Tables of one size: they move together.
+pub const SESSION_TABLES: [&str; 3] = [map::FORWARD, map::REVERSE, map::SLOTS];
 
 /// What each table is expected to be.
 pub mod spec {
     use aya::maps::MapType;
     use gateway_common::{
-        abi::{Counter, Egress, LocalAddress, OUTCOME_CAPACITY, OverlayAddress, Route, Vtep, map},
+        abi::{
+            Counter, Egress, Forward, ForwardKey, LocalAddress, OUTCOME_CAPACITY, OverlayAddress, Reverse,
+            ReverseKey, Route, SessionEvent, Slot, Vtep, map,
+        },
         wire::Ipv4,
     };
 
     use super::MapSpec;
-    use crate::{config::Datapath, dataplane::tables::TrieKey};
+    use crate::{
+        config::{Datapath, snat::SPARE_SESSIONS},
+        dataplane::tables::TrieKey,
+    };
 
     /// Capacity of the table of this host's addresses.
     pub const MAX_ADDRESSES: u32 = 4096;
@@ -213,8 +225,29 @@ pub mod spec {
         of::<u32, Counter>(map::COUNTERS, MapType::PerCpuArray, 0, OUTCOME_CAPACITY)
     }
 
-    /// Every table with the capacities of a configuration, in the order of [`map::ALL`].
-    pub fn all(datapath: &Datapath) -> [MapSpec; map::ALL.len()] {
+    pub(crate) const fn forward() -> MapSpec {
+        of::<ForwardKey, Forward>(map::FORWARD, MapType::Hash, 0, 0)
+    }
+
+    pub(crate) const fn reverse() -> MapSpec {
+        of::<ReverseKey, Reverse>(map::REVERSE, MapType::Hash, 0, 0)
+    }
+
+    pub(crate) const fn slots() -> MapSpec {
+        of::<u32, Slot>(map::SLOTS, MapType::Array, 0, 0)
+    }
+
+    pub(crate) const fn hand() -> MapSpec {
+        of::<u32, u64>(map::HAND, MapType::Array, 0, 1)
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "a handful of events")]
+    pub(crate) const fn events() -> MapSpec {
+        of::<u32, u64>(map::EVENTS, MapType::PerCpuArray, 0, SessionEvent::ALL.len() as u32)
+    }
+
+    /// Every table with the capacities of a configuration, and room for so many sessions, in the order of [`map::ALL`].
+    pub fn all(datapath: &Datapath, sessions: u32) -> [MapSpec; map::ALL.len()] {
         [
             MapSpec { max_entries: datapath.max_pods, ..pods() },
             MapSpec { max_entries: datapath.max_prefixes, ..prefixes() },
@@ -223,6 +256,11 @@ pub mod spec {
             addresses(),
             egress(),
             counters(),
+            MapSpec { max_entries: sessions.saturating_add(SPARE_SESSIONS), ..forward() },
+            MapSpec { max_entries: sessions.saturating_add(SPARE_SESSIONS), ..reverse() },
+            MapSpec { max_entries: sessions, ..slots() },
+            hand(),
+            events(),
         ]
     }
 }
@@ -303,7 +341,7 @@ impl Pins {
         Ok(names)
     }
 
-    /// Makes the directories, mounts the bpffs if nobody did, and clears away what a start that was cut off left.
+    /// Makes the directories, and mounts the bpffs if nobody did.
     pub fn prepare(&self) -> Result<(), PinError> {
         let bpffs = &self.bpffs;
         make_directory(bpffs)?;
@@ -318,7 +356,20 @@ impl Pins {
             })?;
         }
         make_directory(&self.version().join("maps"))?;
-        make_directory(&self.links())?;
+        make_directory(&self.links())
+    }
+
+    /// The paths of what a start that was cut off left in the staging directory.
+    pub(super) fn left_over(&self) -> Self {
+        Self { staged: SESSION_TABLES.into(), ..self.clone() }
+    }
+
+    /// Clears away what a start that was cut off left.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be removed.
+    pub(super) fn clear_staging(&self) -> Result<(), PinError> {
         remove_tree(&self.staging()).map(drop)
     }
 
@@ -344,6 +395,9 @@ impl Pins {
                 compare(&path, &info, spec)?;
             }
         }
+        if self.staged.iter().any(|name| SESSION_TABLES.contains(name)) {
+            self.staged.extend(SESSION_TABLES);
+        }
         if !self.staged.is_empty() {
             make_directory(&self.staging())?;
         }
@@ -360,22 +414,37 @@ impl Pins {
         Self { staged: BTreeSet::new(), ..self.clone() }
     }
 
-    /// Puts the successors of moved tables in their places; each changes hands in one step.
+    /// Puts the successors of moved tables in their places, all in one step: the staging directory gets a second pin of
+    /// every table that did not move, and is exchanged with the directory of the tables.
     ///
     /// # Errors
     ///
-    /// The first one that cannot be renamed.
+    /// What cannot be pinned, exchanged or removed.
     pub fn settle(&mut self) -> Result<(), PinError> {
-        while let Some(name) = self.staged.first().copied() {
-            let path = self.map(name);
-            fs::rename(&path, self.settled(name)).map_err(|source| PinError::Io {
-                verb: "put in its place",
-                path,
-                source,
-            })?;
-            self.staged.remove(name);
+        if self.staged.is_empty() {
+            return Ok(());
         }
-        remove_tree(&self.staging()).map(drop)
+        let (maps, staging) = (self.version().join("maps"), self.staging());
+        for path in list(&maps)? {
+            let Some(name) = path.file_name() else { continue };
+            let twin = staging.join(name);
+            if !twin.exists() {
+                let data =
+                    MapData::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
+                data.pin(&twin).map_err(|error| PinError::Io {
+                    verb: "pin",
+                    path: twin,
+                    source: io::Error::other(error),
+                })?;
+            }
+        }
+        renameat_with(CWD, &staging, CWD, &maps, RenameFlags::EXCHANGE).map_err(|error| PinError::Io {
+            verb: "put the new tables in place of",
+            path: maps,
+            source: error.into(),
+        })?;
+        self.staged.clear();
+        self.clear_staging()
     }
 
     /// Opens a pinned map after comparing it; its capacity may be any.

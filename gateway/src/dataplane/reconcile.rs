@@ -41,6 +41,13 @@ pub struct Difference<K, V> {
     pub gone: Vec<K>,
 }
 
+impl<K, V> Difference<K, V> {
+    /// Every key that is written or deleted.
+    fn keys(&self) -> impl Iterator<Item = &K> {
+        self.changed.iter().chain(&self.added).map(|(key, _)| key).chain(&self.gone)
+    }
+}
+
 /// Compares a table with its goal.
 pub fn difference<K: Copy + Ord, V: Copy + PartialEq>(
     have: &BTreeMap<K, V>,
@@ -118,6 +125,8 @@ pub struct Pass {
     pub written: usize,
     /// Entries deleted.
     pub deleted: usize,
+    /// Pods that were deleted: their sessions end.
+    pub gone_pods: Vec<OverlayAddress>,
     /// What could not be done, for people.
     pub problems: Vec<String>,
 }
@@ -195,7 +204,7 @@ impl Reconciler {
     pub fn refresh(&mut self, changes: &[(u32, VtepSlot)]) -> Pass {
         let mut faults = Faults::default();
         self.vteps.replace(changes, &mut faults);
-        Pass { written: changes.len(), deleted: 0, problems: faults.0 }
+        Pass { written: changes.len(), problems: faults.0, ..Pass::default() }
     }
 
     /// The slot by which a node is reached now: that of its entry, else that of the entry of an earlier run which is
@@ -264,9 +273,18 @@ impl Reconciler {
             prefixes.gone.clear();
             sources.gone.clear();
         }
+        let gone = pods.gone.clone();
+        let before = self.destinations(&pods, &prefixes);
         apply(&mut self.pods, pods, &mut pass, &mut faults);
         apply(&mut self.prefixes, prefixes, &mut pass, &mut faults);
         apply(&mut self.sources, sources, &mut pass, &mut faults);
+        let left: BTreeSet<u32> = before
+            .into_iter()
+            .filter(|(at, vtep)| self.leads(*at) != Some(*vtep))
+            .map(|(_, vtep)| vtep)
+            .collect();
+        self.vteps.disturb(&left, &mut faults);
+        pass.gone_pods = gone.into_iter().filter(|pod| !self.pods.entries.contains_key(pod)).collect();
 
         self.orphans |= match scope {
             Scope::Everything => self.vteps.has_orphans(slots, self.holding),
@@ -279,6 +297,40 @@ impl Reconciler {
         }
         pass.problems = faults.0;
         pass
+    }
+
+    /// Where the keys that are about to change lead now.
+    fn destinations(
+        &self,
+        pods: &Difference<OverlayAddress, Route>,
+        prefixes: &Difference<TrieKey, Route>,
+    ) -> Vec<(TrieKey, u32)> {
+        let pods = pods.keys().map(|pod| exact_prefix(*pod));
+        pods.chain(prefixes.keys().copied()).filter_map(|at| Some((at, self.leads(at)?))).collect()
+    }
+
+    /// The VTEP that an address or a whole prefix is reached by: by its own entry, else by the longest prefix that has an
+    /// entry and holds it.
+    fn leads(&self, at: TrieKey) -> Option<u32> {
+        let address = OverlayAddress { overlay: at.data.overlay, address: at.data.address };
+        let host = at.length == PrefixKey::OVERLAY_BITS + Ipv4::BITS;
+        if let Some(route) = host.then(|| self.pods.entries.get(&address)).flatten() {
+            return Some(route.vtep);
+        }
+        let mut longest = None;
+        let mut length = 0;
+        // From one length that occurs to the next: a cluster has one or two.
+        while let Some((key, _)) =
+            self.prefixes.entries.range(TrieKey { length, data: PrefixKey::zeroed() }..).next()
+        {
+            if key.length > at.length {
+                break;
+            }
+            let data = PrefixKey { address: masked(at.data.address, key.length), ..at.data };
+            longest = self.prefixes.entries.get(&TrieKey { length: key.length, data }).or(longest);
+            length = key.length + 1;
+        }
+        longest.map(|route| route.vtep)
     }
 
     /// Ids that some route names.
@@ -337,6 +389,19 @@ fn apply<K: Pod + Ord, V: Pod + PartialEq>(
         mirror.delete(&gone, faults);
         mirror.write(&added, faults);
     }
+}
+
+/// The address as a prefix.
+fn exact_prefix(pod: OverlayAddress) -> TrieKey {
+    let data = PrefixKey { overlay: pod.overlay, address: pod.address };
+    TrieKey { length: PrefixKey::OVERLAY_BITS + Ipv4::BITS, data }
+}
+
+/// The network of an address in a prefix whose length counts the overlay too.
+fn masked(address: Ipv4, length: u32) -> Ipv4 {
+    let bits = length.saturating_sub(PrefixKey::OVERLAY_BITS);
+    let mask = u32::MAX.checked_shl(Ipv4::BITS - bits.min(Ipv4::BITS)).unwrap_or(0);
+    Ipv4::new((u32::from_be_bytes(address.octets) & mask).to_be_bytes())
 }
 
 fn exact((overlay, address): (OverlayId, Ipv4Addr)) -> OverlayAddress {
@@ -481,6 +546,20 @@ impl Vteps {
                 || entries.get(id).is_some_and(|entry| entry.slot().flags.has(VtepFlags::USED))
         });
         gone.len()
+    }
+
+    /// Raises the generation of entries from which pods went away: sessions look for their pod again.
+    fn disturb(&mut self, ids: &BTreeSet<u32>, faults: &mut Faults) {
+        let raised: Vec<(u32, Vtep)> = ids
+            .iter()
+            .filter_map(|id| {
+                let entry = self.entries.get(id).filter(|entry| entry.slot().flags.has(VtepFlags::USED))?;
+                Some((*id, Vtep { generation: entry.generation.wrapping_add(1), ..*entry }))
+            })
+            .collect();
+        if !raised.is_empty() {
+            self.write_entries(&raised, faults);
+        }
     }
 
     /// Replaces slots: first the ones that nobody reads, then the number that says which one is read.

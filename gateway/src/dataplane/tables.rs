@@ -15,6 +15,7 @@ use gateway_common::{
 use super::{
     batch,
     pins::{MapSpec, PinError, Pins, spec},
+    sessions::{Events, SessionTables},
 };
 
 /// Key of the prefix trie as the kernel has it (`struct bpf_lpm_trie_key`): length in bits, then data.
@@ -37,6 +38,17 @@ pub struct TableError {
     table: &'static str,
     /// What the kernel said.
     source: io::Error,
+}
+
+impl TableError {
+    pub(super) fn new(verb: &'static str, table: &'static str, source: io::Error) -> Self {
+        Self { verb, table, source }
+    }
+
+    /// Whether the table has no room for another entry.
+    pub fn is_full(&self) -> bool {
+        matches!(self.source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM))
+    }
 }
 
 fn advice(error: &io::Error) -> &'static str {
@@ -127,7 +139,7 @@ pub struct Table<K, V> {
 }
 
 impl<K: Pod + Ord, V: Pod> Table<K, V> {
-    fn open(pins: &Pins, spec: &MapSpec) -> Result<Self, PinError> {
+    pub(super) fn open(pins: &Pins, spec: &MapSpec) -> Result<Self, PinError> {
         let path = pins.map(spec.name);
         let data = pins.open_map(spec)?;
         let capacity =
@@ -168,6 +180,49 @@ impl<K: Pod + Ord, V: Pod> Table<K, V> {
     /// How many entries were deleted, and why the next one was not.
     pub fn delete(&self, keys: &[K]) -> Result<(), (usize, TableError)> {
         self.map.delete(keys).map_err(|(done, source)| (done, self.error("delete from", source)))
+    }
+
+    /// The value of a key.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel said.
+    pub fn get(&self, key: &K) -> Result<Option<V>, TableError> {
+        self.map.lookup(key).map_err(|source| self.error("read", source))
+    }
+
+    /// Adds an entry, unless there is one; whether it did.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel said.
+    pub fn insert(&self, key: &K, value: &V) -> Result<bool, TableError> {
+        self.map.insert(key, value).map_err(|source| self.error("write to", source))
+    }
+
+    /// Overwrites an entry, if there is one; whether it did.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel said.
+    pub fn replace(&self, key: &K, value: &V) -> Result<bool, TableError> {
+        self.map.replace(key, value).map_err(|source| self.error("write to", source))
+    }
+
+    /// Walks over all entries in batches, in constant memory; see [`batch::Map::batches`].
+    ///
+    /// # Errors
+    ///
+    /// What the kernel said, or what `visit` says.
+    pub fn each_batch<E: From<TableError>>(
+        &self,
+        mut visit: impl FnMut(&[K], &[V]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut batches = self.map.batches();
+        while let Some((keys, values)) = batches.next().map_err(|source| self.error("read", source))? {
+            visit(keys, values)?;
+        }
+        Ok(())
     }
 
     fn error(&self, verb: &'static str, source: io::Error) -> TableError {
@@ -231,6 +286,10 @@ pub struct Tables {
     pub egress: Table<u32, Egress>,
     /// Outcomes.
     pub counters: Counters,
+    /// Sessions.
+    pub sessions: SessionTables,
+    /// What became of sessions.
+    pub events: Events,
 }
 
 impl Tables {
@@ -248,6 +307,8 @@ impl Tables {
             addresses: Table::open(pins, &spec::addresses())?,
             egress: Table::open(pins, &spec::egress())?,
             counters: Counters::open(pins)?,
+            sessions: SessionTables::open(pins)?,
+            events: Events::open(pins)?,
         })
     }
 }

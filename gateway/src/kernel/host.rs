@@ -24,7 +24,7 @@ use rtnetlink::{
 };
 
 use super::netlink::NetlinkError;
-use crate::config::Config;
+use crate::config::{Config, Snat};
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -190,14 +190,43 @@ impl Host {
             .copied()
     }
 
-    /// Goal of the address table: what the kernel owns, and our addresses in the overlays.
-    pub fn address_table(&self, config: &Config) -> BTreeMap<Ipv4, LocalAddress> {
+    /// What the kernel takes for itself: addresses and broadcast addresses of devices.
+    pub fn local_addresses(&self) -> BTreeSet<Ipv4Addr> {
+        self.broadcasts.iter().chain(&self.addresses).map(|(address, _)| *address).collect()
+    }
+
+    /// SNAT addresses that the kernel takes for its own, and what to do about it, for people.
+    pub fn misused(&self, snat: &Snat) -> impl Iterator<Item = (Ipv4Addr, String)> {
+        let all = self.addresses.iter().chain(&self.broadcasts).copied();
+        let owners: BTreeMap<Ipv4Addr, u32> = all.collect();
+        snat.addresses().collect::<Vec<_>>().into_iter().filter_map(move |address| {
+            let device = self.links.get(owners.get(&address)?).map_or("a device", |link| link.name.as_str());
+            let text = format!(
+                "SNAT address {address} is an address of this host (on {device}), so the kernel would answer for it: it is \
+                 not used; take it off the device or out of [snat]"
+            );
+            Some((address, text))
+        })
+    }
+
+    /// Goal of the address table: what the kernel owns, our addresses in the overlays, and the addresses that clients are
+    /// or were translated to. One that is the kernel's is nobody else's.
+    pub fn address_table(
+        &self,
+        config: &Config,
+        draining: &BTreeSet<Ipv4Addr>,
+    ) -> BTreeMap<Ipv4, LocalAddress> {
         let mut table: BTreeMap<Ipv4, LocalAddress> = BTreeMap::new();
         for (address, ifindex) in self.broadcasts.iter().chain(&self.addresses) {
             table.insert((*address).into(), LocalAddress { kind: LocalAddress::KERNEL, ifindex: *ifindex });
         }
         for overlay in &config.overlays {
             table.entry(overlay.address.into()).or_default().kind |= LocalAddress::OVERLAY;
+        }
+        for address in config.snat.addresses().chain(draining.iter().copied()) {
+            table
+                .entry(address.into())
+                .or_insert(LocalAddress { kind: LocalAddress::SNAT | LocalAddress::OVERLAY, ifindex: 0 });
         }
         table
     }

@@ -8,5 +8,6 @@ mod firewall;
 mod programs;
 mod restart;
 mod sandbox;
+mod sessions;
 mod tables;
 mod underlay;

@@ -6,7 +6,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 use gateway::{
     config::{Config, XdpMode},
     dataplane::{
-        constants::constants,
+        constants::{Sessions, constants},
         load::{LoadError, Programs},
         pins::Pins,
     },
@@ -25,12 +25,13 @@ async fn link(name: &str) -> Link {
 }
 
 fn programs(config: &Config) -> Programs {
-    Programs::prepare(Pins::new(&config.datapath.bpffs, &config.instance), &config.datapath).unwrap()
+    Programs::prepare(Pins::new(&config.datapath.bpffs, &config.instance), config).unwrap()
 }
 
 async fn attach(programs: &mut Programs, config: &Config, name: &str) -> Result<(), LoadError> {
     let link = link(name).await;
-    let loaded = programs.loader().load(name, &constants(config, &Host::default(), &link).unwrap())?;
+    let constants = constants(config, &Host::default(), &link, &Sessions::default()).unwrap();
+    let loaded = programs.loader().load(name, &constants)?;
     programs.attach(&link, loaded)
 }
 
@@ -44,7 +45,7 @@ fn an_attachment_outlives_the_daemon_and_is_swapped() {
         let before = link("und").await;
         assert_eq!(before.xdp.mode, Some(AttachMode::Driver));
         assert!(before.xdp.program.is_some());
-        assert!(first.is_current(&before, &constants(&config, &Host::default(), &before).unwrap()));
+        assert!(first.is_current(&before, &constants(&config, &Host::default(), &before, &Sessions::default()).unwrap()));
         drop(first);
         assert_eq!(link("und").await.xdp, before.xdp, "nobody detaches when the daemon ends");
 

@@ -27,7 +27,7 @@ fn pins(bpffs: &Path) -> Pins {
 }
 
 fn programs(config: &Config) -> Programs {
-    Programs::prepare(pins(&config.datapath.bpffs), &config.datapath).unwrap()
+    Programs::prepare(pins(&config.datapath.bpffs), config).unwrap()
 }
 
 fn capacities(bpffs: &Path) -> [u32; 4] {
@@ -84,7 +84,7 @@ fn a_move_that_was_cut_off_begins_again() {
         let before = contents(&Tables::open(&pins(bpffs)).unwrap());
         let mut larger = config.clone();
         larger.datapath.max_pods = 30_000;
-        let cut_off = programs(&larger);
+        let mut cut_off = programs(&larger);
         cut_off.create_tables().unwrap();
         let successor = cut_off.pins().map(map::PODS);
         drop(cut_off);

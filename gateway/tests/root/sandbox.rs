@@ -3,10 +3,13 @@
 use std::{net::Ipv4Addr, path::Path, process::Command};
 
 use gateway::config::{
-    Config, Datapath, DatapathLog, DontFragment, HostSettings, Interface, Overlay, Source, SourceCheck,
-    XdpMode,
+    Config, Datapath, DatapathLog, DontFragment, HostSettings, Interface, Overlay, Snat, SnatAction, SnatPool,
+    SnatRule, Source, SourceCheck, XdpMode,
 };
-use gateway_common::{abi::Roles, wire::Vni};
+use gateway_common::{
+    abi::{Roles, Timeouts},
+    wire::Vni,
+};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -46,6 +49,19 @@ pub(crate) fn config(bpffs: &Path) -> Config {
         source: Source::Files { path: "/nonexistent".into() },
         interfaces: vec![interface("ext", Roles::EXTERNAL), interface("und", Roles::UNDERLAY)],
         overlays: vec![overlay()],
+        snat: Snat {
+            pools: vec![SnatPool {
+                name: "automap".to_owned(),
+                addresses: vec![Ipv4Addr::new(10, 244, 30, 254)],
+            }],
+            rules: vec![SnatRule {
+                clients: "0.0.0.0/0".parse().expect("a prefix"),
+                destinations: "0.0.0.0/0".parse().expect("a prefix"),
+                action: SnatAction::Pool(0),
+            }],
+            timeouts: Timeouts::DEFAULT,
+            max_sessions: 1000,
+        },
         datapath: Datapath {
             xdp_mode: XdpMode::Driver,
             log: DatapathLog::Off,

@@ -23,8 +23,8 @@ use gateway_common::{
 use crate::sandbox::{config, isolated, sh};
 
 pub(crate) fn prepare(config: &Config) -> Tables {
-    let programs =
-        Programs::prepare(Pins::new(&config.datapath.bpffs, &config.instance), &config.datapath).unwrap();
+    let mut programs =
+        Programs::prepare(Pins::new(&config.datapath.bpffs, &config.instance), config).unwrap();
     programs.create_tables().unwrap();
     Tables::open(programs.pins()).unwrap()
 }
@@ -108,7 +108,7 @@ fn pins_are_compared_before_they_are_used() {
             "bpftool map create {} type array key 4 value 8 entries 20000 name PODS",
             pods.display()
         ));
-        let error = Programs::prepare(pins(), &config.datapath).unwrap_err();
+        let error = Programs::prepare(pins(), &config).unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, LoadError::Pin(PinError::Mismatch { .. })), "{text}");
         for word in ["/v1/maps/PODS", "Array", "Hash", "gateway detach"] {

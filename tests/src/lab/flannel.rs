@@ -212,10 +212,15 @@ impl Flannel {
         })
     }
 
-    /// Client `number`: 1 asks by ARP, 2 uses the gateway as router.
+    /// The host of that name, which must exist.
     ///
     /// # Panics
-    /// When there is no such client; likewise below.
+    /// When there is no such host; likewise below.
+    pub fn named(&self, name: &str) -> &Host {
+        &self.hosts[name]
+    }
+
+    /// Client `number`: 1 asks by ARP, 2 uses the gateway as router.
     pub fn client(&self, number: u8) -> &Host {
         &self.hosts[&format!("client{number}")]
     }
@@ -324,6 +329,24 @@ impl Flannel {
         manifest::write(&self.manifests(), &manifest::pod(&facts))
     }
 
+    /// Moves a pod to another node with its address and all its connections: its interface is plugged in there, the node
+    /// routes its address to it and answers for its router, and its manifest names the node.
+    pub fn move_pod(&mut self, from: Node, number: u8, to: Node) -> Result<()> {
+        let (name, address) = (from.pod(number), from.pod_address(number));
+        let port = format!("veth{}-{number}", from.number);
+        let old = self.node(from);
+        old.run(&["ip", "link", "set", &port, "netns", self.node(to).namespace().name()])?;
+        let new = self.node(to);
+        wiring::up(new.namespace(), &port)?;
+        wiring::route(new.namespace(), net(address, 32), Via::Link(&port))?;
+        wiring::sysctl(new.namespace(), &format!("ipv4/conf/{port}/proxy_arp"), "1")?;
+        wiring::sysctl(new.namespace(), &format!("ipv4/neigh/{port}/proxy_delay"), "0")?;
+        // Its router is another host now.
+        self.pod(from, number).run(&["ip", "neigh", "flush", "dev", NIC])?;
+        let facts = PodFacts { name: &name, node: &to.name(), host_ip: to.endpoint(), ip: address };
+        manifest::write(&self.manifests(), &manifest::pod(&facts))
+    }
+
     /// Ends a pod and removes its manifest.
     pub fn remove_pod(&mut self, node: Node, number: u8) -> Result<()> {
         let name = node.pod(number);
@@ -403,7 +426,7 @@ network = "{NETWORK}"
     }
 
     /// Makes an empty host.
-    fn add_host(&mut self, name: &str, role: Role) -> Result<()> {
+    pub(super) fn add_host(&mut self, name: &str, role: Role) -> Result<()> {
         if self.hosts.contains_key(name) {
             bail!("there is a host {name} already");
         }
@@ -434,7 +457,7 @@ network = "{NETWORK}"
     }
 
     /// Joins an interface of a host to a switch.
-    fn plug(&self, host: &Host, interface: &str, switch: &str, mac: Option<Mac>) -> Result<()> {
+    pub(super) fn plug(&self, host: &Host, interface: &str, switch: &str, mac: Option<Mac>) -> Result<()> {
         let switch = self.host(switch)?;
         wiring::veth(
             End { namespace: host.namespace(), name: interface, mac, mtu: MTU },

@@ -178,8 +178,11 @@ impl Gateway {
     }
 }
 
-/// The key that leaves everything to the kernel, with its section: for the end of a configuration.
-pub const OFF: &str = "[datapath]\nxdp_mode = \"off\"\n";
+/// Keys without which clients from outside are translated: for the end of a configuration.
+pub const UNTRANSLATED: &str = "[snat]\nmode = \"none\"\n";
+
+/// Keys that leave everything to the kernel: for the end of a configuration.
+pub const OFF: &str = "[snat]\nmode = \"none\"\n[datapath]\nxdp_mode = \"off\"\n";
 
 /// The gateway's program: `GATEWAY_BIN`, else the one that was built with this.
 pub fn program() -> Result<PathBuf> {

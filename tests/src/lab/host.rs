@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fmt,
     fs::{self, File},
-    net::{Ipv4Addr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
     os::{fd::AsRawFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -18,11 +18,20 @@ use gateway_common::wire::Mac;
 use ipnet::Ipv4Net;
 use nix::{
     ifaddrs::getifaddrs,
-    sys::socket::{AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrLike, sendto, socket},
+    sys::{
+        socket::{
+            AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrLike, bind, connect, sendto,
+            setsockopt, socket, sockopt,
+        },
+        time::{TimeVal, TimeValLike as _},
+    },
 };
 use serde::{Deserialize, Serialize};
 
 use super::{capture::Capture, netns::Namespace, process::Process};
+
+/// Seconds until a connection attempt is given up.
+const CONNECT_LIMIT: i64 = 10;
 
 /// Frames sent at once.
 const BURST: usize = 32;
@@ -41,6 +50,8 @@ pub enum Role {
     Pod,
     /// An Ethernet switch.
     Switch,
+    /// Joins networks outside of the cluster.
+    Router,
 }
 
 impl fmt::Display for Role {
@@ -51,6 +62,7 @@ impl fmt::Display for Role {
             Self::Node => "node",
             Self::Pod => "pod",
             Self::Switch => "switch",
+            Self::Router => "router",
         })
     }
 }
@@ -179,6 +191,24 @@ impl Host {
             TcpListener::bind((address, port))
                 .with_context(|| format!("{}: cannot listen on {port}", self.name))
         })
+    }
+
+    /// Connects from an address of the host; port 0 is any.
+    pub fn connect(&self, from: SocketAddrV4, to: SocketAddrV4) -> Result<TcpStream> {
+        let made = || -> Result<TcpStream> {
+            let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+            // connect(2) gives up after so long.
+            setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(CONNECT_LIMIT))?;
+            bind(socket.as_raw_fd(), &SockaddrIn::from(from))?;
+            connect(socket.as_raw_fd(), &SockaddrIn::from(to))?;
+            let stream = TcpStream::from(socket);
+            stream.set_write_timeout(None)?;
+            Ok(stream)
+        };
+        self.namespace
+            .enter(made)
+            .with_context(|| format!("{}: cannot connect from {from} to {to}", self.name))
     }
 
     /// Opens a UDP socket on the host; it may be used from any thread.

@@ -1,6 +1,7 @@
 //! Topologies of network namespaces.
 //!
 //! - [`Flannel`]: the topology of the main job.
+//! - [`outside`]: clients whose addresses pods cannot answer, and a watch over the wires on which they meet.
 //! - [`Host`]: what one can do on a host: run commands, capture, inject frames, open sockets.
 //! - [`traffic`]: ping, iperf3, HTTP and their results.
 //! - [`stream`]: numbered datagrams at a constant rate, each accounted for.
@@ -21,6 +22,7 @@ pub mod gateway;
 pub mod host;
 pub mod manifest;
 pub mod netns;
+pub mod outside;
 pub mod pass;
 pub mod process;
 pub mod registry;

@@ -97,6 +97,11 @@ impl Stream {
         outlet.connect(SocketAddrV4::new(destination, port))?;
         let inlet = to.udp(destination, port)?;
         inlet.connect(SocketAddrV4::new(source, port))?;
+        Self::between(outlet, inlet, rate)
+    }
+
+    /// Sends `rate` datagrams per second from one connected socket to another.
+    pub fn between(outlet: UdpSocket, inlet: UdpSocket, rate: u32) -> Result<Self> {
         inlet.set_nonblocking(true)?;
         setsockopt(&inlet, sockopt::RcvBufForce, &RECEIVE_BUFFER)
             .context("cannot enlarge a socket buffer")?;
@@ -174,10 +179,13 @@ fn send(socket: &UdpSocket, rate: u32, over: &AtomicBool, sent: &AtomicU64) -> R
         if burst > 0 {
             let bytes = [IoSlice::new(payloads[..burst].as_flattened())];
             let cut = [ControlMessage::UdpGsoSegments(&size)];
-            sendmsg::<SockaddrIn>(socket.as_raw_fd(), &bytes, &cut, MsgFlags::empty(), None)
-                .context("cannot send datagrams of the stream")?;
+            match sendmsg::<SockaddrIn>(socket.as_raw_fd(), &bytes, &cut, MsgFlags::empty(), None) {
+                Ok(_) => number += burst as u64,
+                // A socket that also receives does not wait.
+                Err(Errno::EAGAIN) => {}
+                Err(error) => return Err(error).context("cannot send datagrams of the stream"),
+            }
         }
-        number += burst as u64;
         sent.store(number, Ordering::Release);
         if due > now {
             thread::sleep(SENDER_TICK);

@@ -30,6 +30,8 @@ pub(crate) struct Case {
     pub(crate) output: Output,
     /// Bytes that a driver put in front of the frame.
     pub(crate) metadata: u32,
+    /// What comes before: frames, changes of tables.
+    before: Vec<Box<dyn Fn(&Subject)>>,
 }
 
 impl Case {
@@ -40,7 +42,22 @@ impl Case {
         input: Vec<u8>,
         output: Output,
     ) -> Self {
-        Self { name: name.into(), outcome, returned, input, output, metadata: 0 }
+        Self { name: name.into(), outcome, returned, input, output, metadata: 0, before: Vec::new() }
+    }
+
+    /// The same after `work`, which comes after what was there already.
+    pub(crate) fn once(mut self, work: impl Fn(&Subject) + 'static) -> Self {
+        self.before.push(Box::new(work));
+        self
+    }
+
+    /// The same after these frames.
+    pub(crate) fn after<const N: usize>(self, frames: [Vec<u8>; N]) -> Self {
+        self.once(move |subject| {
+            for frame in &frames {
+                subject.run(frame);
+            }
+        })
     }
 
     /// Goes to the kernel as it came.
@@ -103,6 +120,7 @@ impl Case {
 
     /// Runs the case; a fault is told with the place of the pcap file.
     pub(crate) fn check(&self, subject: &Subject) -> Result<(), String> {
+        self.before.iter().for_each(|work| work(subject));
         let before = subject.counters();
         let (returned, output) = match self.metadata {
             0 => subject.run(&self.input),

@@ -1,10 +1,14 @@
 //! What must hold for every frame, whatever it is: an oracle for random frames that knows nothing of the engine.
 
+use std::ops::Range;
+
 use etherparse::{
     EtherType, Icmpv4Type, NetSlice, SlicedPacket, TransportSlice, checksum::Sum16BitWords,
     icmpv4::DestUnreachableHeader,
 };
 use gateway_common::abi::{Class, Outcome};
+
+use crate::world::{POOL, SNAT, SNAT_CILIUM, SNAT_TAGGED};
 
 /// UDP, VXLAN and inner Ethernet headers.
 const TUNNEL: usize = 8 + 8 + 14;
@@ -30,6 +34,22 @@ pub(crate) fn check(outcome: Outcome, input: &[u8], output: &[u8]) -> Result<(),
             arp_answer(before, after)
         }
         Outcome::ArpReplyTunnel => arp_answer(tunnelled(input)?, &inner_of(output)?),
+        Outcome::SnatNew | Outcome::SnatForward | Outcome::SnatErrorForward => {
+            let packet = &input[link_len(input)?..];
+            // A node without a tunnel gets the packet as it is.
+            let inner = match inner_of(output) {
+                Ok(inner) => inner,
+                Err(_) => plain(output)?.to_vec(),
+            };
+            translated(outcome, packet, &inner)
+        }
+        Outcome::SnatReply | Outcome::SnatErrorReply => {
+            let packet = match tunnelled(input) {
+                Ok(inner) if inner.len() >= plain(output)?.len() => inner,
+                _ => &input[link_len(input)?..],
+            };
+            translated(outcome, packet, plain(output)?)
+        }
         other => Err(format!("{other:?} has no invariant: write it")),
     }
 }
@@ -123,6 +143,93 @@ fn routed(before: &[u8], after: &[u8]) -> Result<(), String> {
         }
     }
     same(&expected, after, "more than TTL, ECN, MSS and checksums of the packet")
+}
+
+/// RFC 3022 section 4: one address of the packet changes, with its port or identifier, and the checksums as much; of an
+/// ICMP error also the opposite end of the packet that it quotes. A checksum that was wrong stays wrong, and of UDP one
+/// that was absent stays absent.
+fn translated(outcome: Outcome, before: &[u8], after: &[u8]) -> Result<(), String> {
+    const SOURCE: Range<usize> = 12..16;
+    const DESTINATION: Range<usize> = 16..20;
+    let is_error = matches!(outcome, Outcome::SnatErrorForward | Outcome::SnatErrorReply);
+    let forward = !matches!(outcome, Outcome::SnatReply | Outcome::SnatErrorReply);
+    let (end, opposite) = if forward { (SOURCE, DESTINATION) } else { (DESTINATION, SOURCE) };
+    if before.len() != after.len() || before.len() < 28 {
+        return Err(format!("{} bytes became {}", before.len(), after.len()));
+    }
+    if after[8] + 1 != before[8] {
+        return Err(format!("TTL {} became {}", before[8], after[8]));
+    }
+    let ours = if forward { &after[end.clone()] } else { &before[end.clone()] };
+    let is_snat = |address: &[u8]| {
+        [SNAT, SNAT_TAGGED, SNAT_CILIUM].iter().chain(&POOL).any(|snat| snat.as_slice() == address)
+    };
+    if !is_snat(ours) {
+        return Err(format!("{ours:?} is no SNAT address"));
+    }
+    let whole = usize::from(u16::from_be_bytes([before[2], before[3]]));
+    let mut sums = vec![("IP header", sum(&before[..20]), sum(&after[..20]))];
+    let mut edited: Vec<Range<usize>> = vec![1..2, 8..9, 10..12, end];
+    let port = |at: usize, protocol: u8, source: bool| match protocol {
+        1 => at + 4..at + 6,
+        _ if source => at..at + 2,
+        _ => at + 2..at + 4,
+    };
+    let checksum = |at: usize, protocol: u8| match protocol {
+        1 => at + 2..at + 4,
+        6 => at + 16..at + 18,
+        _ => at + 6..at + 8,
+    };
+    let protocol = before[9];
+    edited.push(checksum(20, protocol));
+    if is_error {
+        let quoted = 28;
+        let inner = before[quoted + 9];
+        edited.extend([
+            quoted + 10..quoted + 12,
+            quoted + opposite.start..quoted + opposite.end,
+            port(quoted + 20, inner, !forward),
+        ]);
+        if inner != 6 {
+            edited.push(checksum(quoted + 20, inner));
+        }
+        sums.push(("quoted IP header", sum(&before[quoted..48]), sum(&after[quoted..48])));
+        sums.push(("ICMP", sum(&before[20..whole]), sum(&after[20..whole])));
+    } else {
+        edited.push(port(20, protocol, forward));
+        if let Some(at) = segment_size(before) {
+            edited.push(at..at + 2);
+        }
+        let absent = protocol == 17 && before[26..28] == [0, 0];
+        if absent != (protocol == 17 && after[26..28] == [0, 0]) {
+            return Err("a UDP checksum came or went".to_owned());
+        }
+        if !absent {
+            let pseudo = |packet: &[u8]| {
+                let addresses = if protocol == 1 { &[] } else { &packet[12..20] };
+                sum(&[addresses, &packet[20..whole]].concat())
+            };
+            sums.push(("transport", pseudo(before), pseudo(after)));
+        }
+    }
+    for (what, old, new) in sums {
+        if old != new {
+            return Err(format!("the {what} summed up to {old:#06x}, and then to {new:#06x}"));
+        }
+    }
+    let mut expected = before.to_vec();
+    for range in edited {
+        expected[range.clone()].copy_from_slice(&after[range]);
+    }
+    same(&expected, after, "more than one end of the packet, its TTL, ECN and checksums")
+}
+
+/// One's-complement sum, of which 0 has two forms.
+fn sum(bytes: &[u8]) -> u16 {
+    match Sum16BitWords::new().add_slice(bytes).ones_complement() {
+        u16::MAX => 0,
+        sum => sum,
+    }
 }
 
 /// Offset of the TCP checksum in a packet without IP options.

@@ -1,7 +1,9 @@
 //! The loaded XDP program under `BPF_PROG_TEST_RUN`: real verifier, real maps, real FIB, one frame at a time.
 //!
 //! - [`golden`]: frames with what must become of them, written by etherparse from the RFCs.
-//! - [`agreement`]: random frames on which program and host engine must agree.
+//! - [`agreement`], [`sequences`]: random frames, and sequences of them, on which program and host engine must agree.
+//! - [`hammer`]: sessions under packets, evictions and sweeps of all CPUs at once.
+//! - [`flood`]: forged clients against sessions that live.
 //! - [`limits`]: truncation at every byte, frames larger than a page, the two slots of a VTEP.
 //! - [`live`]: frames that really leave, by the interface that was meant.
 //! - [`layout`]: what bpftool shows of the tables.
@@ -12,12 +14,16 @@
 mod agreement;
 mod case;
 mod evidence;
+mod flood;
 mod golden;
+mod hammer;
 mod invariant;
 mod layout;
 mod limits;
 mod live;
+mod mirror;
 mod packet;
 mod rig;
+mod sequences;
 mod subject;
 mod world;

@@ -16,6 +16,12 @@ pub(crate) const ICMP: u8 = 1;
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
 
+/// TCP flags (RFC 9293 section 3.1).
+pub(crate) const FIN: u8 = 1;
+pub(crate) const SYN: u8 = 2;
+pub(crate) const RST: u8 = 4;
+pub(crate) const ACK: u8 = 16;
+
 /// Bytes from hexadecimal digits.
 pub(crate) fn hex(text: &str) -> Vec<u8> {
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
@@ -84,6 +90,38 @@ impl Ip {
         packet
     }
 
+    /// A TCP segment with these flags, sequence and acknowledgement numbers, and a right checksum.
+    pub(crate) fn segment(
+        source: Address,
+        destination: Address,
+        ports: (u16, u16),
+        flags: u8,
+        numbers: (u32, u32),
+        data: &[u8],
+    ) -> Self {
+        let mut packet = Self::new(source, destination, TCP, Vec::new());
+        let mut header = TcpHeader::new(ports.0, ports.1, numbers.0, 64_240);
+        header.acknowledgment_number = numbers.1;
+        header.fin = flags & FIN != 0;
+        header.syn = flags & SYN != 0;
+        header.rst = flags & RST != 0;
+        header.ack = flags & ACK != 0;
+        header.checksum = header.calc_checksum_ipv4(&packet.header(), data).unwrap();
+        packet.payload = [&header.to_bytes(), data].concat();
+        packet
+    }
+
+    /// The ICMP error of a host or router at `from` about `packet`, of which `quoted` bytes come back.
+    pub(crate) fn error(from: Address, kind: Icmpv4Type, packet: &Self, quoted: usize) -> Self {
+        Self::error_to(packet.source, from, kind, &packet.bytes()[..quoted])
+    }
+
+    /// The ICMP error to `to` that quotes these bytes.
+    pub(crate) fn error_to(to: Address, from: Address, kind: Icmpv4Type, quoted: &[u8]) -> Self {
+        let header = Icmpv4Header::with_checksum(kind, quoted);
+        Self::new(from, to, ICMP, [&header.to_bytes(), quoted].concat())
+    }
+
     /// The error of a router at `from` about `packet`, which does not fit `mtu` bytes (RFC 1191 section 4): the IP header
     /// and eight bytes come back as they were.
     pub(crate) fn too_big(from: Address, packet: &Self, mtu: u16) -> Self {
@@ -97,6 +135,13 @@ impl Ip {
     /// An echo request.
     pub(crate) fn echo(source: Address, destination: Address, id: u16, data: &[u8]) -> Self {
         let kind = Icmpv4Type::EchoRequest(IcmpEchoHeader { id, seq: 1 });
+        let header = Icmpv4Header::with_checksum(kind, data);
+        Self::new(source, destination, ICMP, [&header.to_bytes(), data].concat())
+    }
+
+    /// An echo reply.
+    pub(crate) fn echo_reply(source: Address, destination: Address, id: u16, data: &[u8]) -> Self {
+        let kind = Icmpv4Type::EchoReply(IcmpEchoHeader { id, seq: 1 });
         let header = Icmpv4Header::with_checksum(kind, data);
         Self::new(source, destination, ICMP, [&header.to_bytes(), data].concat())
     }

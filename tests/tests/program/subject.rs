@@ -5,15 +5,18 @@ use std::{collections::BTreeMap, ops::Sub};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
     maps::{
-        Array, HashMap, MapData, PerCpuArray, PerCpuValues,
+        self, Array, HashMap, MapData, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode},
     util::nr_cpus,
 };
-use gateway::dataplane::load::OBJECT;
+use gateway::dataplane::{batch::Map, load::OBJECT};
 use gateway_common::{
-    abi::{CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, Vtep, map},
+    abi::{
+        CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, SWEEP_PROGRAM, SessionEvent, Sweep,
+        Vtep, map,
+    },
     model::HostTables,
 };
 
@@ -61,22 +64,29 @@ impl Sub for &Counters {
 /// The loaded program.
 pub(crate) struct Subject {
     ebpf: Ebpf,
+    /// Frames since ICMP errors were allowed anew.
+    since_renewal: u32,
 }
 
 impl Subject {
-    /// Loads the object with the constants and tables of `tables`.
+    /// Loads the object with the constants and tables of `tables`. Sessions there are not copied.
     pub(crate) fn load(tables: &HostTables) -> Self {
         let mut loader = EbpfLoader::new();
         loader.verifier_log_level(VerifierLogLevel::DISABLE);
         loader.override_global(CONFIG_SYMBOL, &tables.config, true);
         loader.override_global("AYA_LOG_LEVEL", &0u8, true);
-        for name in map::ALL.into_iter().filter(|name| *name != map::COUNTERS) {
+        for name in [map::PODS, map::PREFIXES, map::VTEPS, map::SOURCES, map::ADDRESSES, map::EGRESS] {
             loader.map_max_entries(name, TABLE_SIZE);
         }
+        let sessions = tables.sessions.capacity.map_or(1, |capacity| u32::try_from(capacity).unwrap());
+        loader.map_max_entries(map::FORWARD, sessions).map_max_entries(map::REVERSE, sessions);
+        loader.map_max_entries(map::SLOTS, tables.config.session_slots.max(1));
         let mut ebpf = loader.load(OBJECT).expect("the object does not load; are you root?");
-        let program: &mut Xdp = ebpf.program_mut(PROGRAM).unwrap().try_into().unwrap();
-        program.load().unwrap();
-        let mut subject = Self { ebpf };
+        for name in [PROGRAM, SWEEP_PROGRAM] {
+            let program: &mut Xdp = ebpf.program_mut(name).unwrap().try_into().unwrap();
+            program.load().unwrap();
+        }
+        let mut subject = Self { ebpf, since_renewal: 0 };
         subject.fill(tables);
         subject
     }
@@ -96,7 +106,7 @@ impl Subject {
         }
     }
 
-    fn map(&mut self, name: &str) -> &mut aya::maps::Map {
+    fn map(&mut self, name: &str) -> &mut maps::Map {
         self.ebpf.map_mut(name).unwrap_or_else(|| panic!("the object has no map {name}"))
     }
 
@@ -105,6 +115,15 @@ impl Subject {
         for (key, value) in entries {
             hash.insert(key, value, 0).unwrap();
         }
+    }
+
+    /// Operations on one of the session tables.
+    pub(crate) fn table<K: bytemuck::Pod, V: bytemuck::Pod>(&self, name: &str) -> Map<K, V> {
+        let data = match self.ebpf.map(name) {
+            Some(maps::Map::HashMap(data) | maps::Map::Array(data)) => data,
+            other => panic!("{name} is {other:?}"),
+        };
+        Map::new(MapData::from_id(data.info().unwrap().id()).unwrap()).unwrap()
     }
 
     /// Overwrites an entry of the VTEP table.
@@ -169,6 +188,37 @@ impl Subject {
             ..TestRunOptions::default()
         };
         program.test_run(options).unwrap();
+    }
+
+    /// What became of sessions, summed over CPUs; zero ones are left out.
+    pub(crate) fn events(&self) -> BTreeMap<SessionEvent, u64> {
+        let table: PerCpuArray<_, u64> = self.ebpf.map(map::EVENTS).unwrap().try_into().unwrap();
+        let count = |event: SessionEvent| table.get(&(event as u32), 0).unwrap().iter().sum();
+        SessionEvent::ALL.map(|(event, _)| (event, count(event))).into_iter().filter(|(_, n)| *n != 0).collect()
+    }
+
+    /// Runs the program that removes sessions.
+    pub(crate) fn sweep(&self, input: &Sweep) -> Sweep {
+        let program: &Xdp = self.ebpf.program(SWEEP_PROGRAM).unwrap().try_into().unwrap();
+        let mut output = *input;
+        let result = program.test_run(TestRunOptions {
+            data_in: Some(bytemuck::bytes_of(input)),
+            data_out: Some(bytemuck::bytes_of_mut(&mut output)),
+            ..TestRunOptions::default()
+        });
+        assert_eq!(Returned::from_code(result.unwrap().return_value), Returned::Pass);
+        output
+    }
+
+    /// Lets the program send ICMP errors again, after so many frames that it might have stopped.
+    pub(crate) fn renew_allowance_if_needed(&mut self) {
+        /// Fewer than a CPU may send in a period.
+        const OFTEN: u32 = 50;
+        self.since_renewal += 1;
+        if self.since_renewal == OFTEN {
+            self.since_renewal = 0;
+            self.renew_allowance();
+        }
     }
 
     /// Lets the program send ICMP errors again.

@@ -7,16 +7,17 @@ use bytemuck::Zeroable as _;
 use etherparse::checksum::Sum16BitWords;
 use gateway_common::{
     abi::{
-        Config, Egress, HEADER_CAPACITY, LocalAddress, Overlay, OverlayAddress, OverlayFlags, Roles, Route,
-        VlanPort, Vtep, VtepFlags, VtepSlot,
+        Config, Egress, HEADER_CAPACITY, LocalAddress, Overlay, OverlayAddress, OverlayFlags, Port, Roles,
+        Route, SnatRule, Timeouts, VlanPort, Vtep, VtepFlags, VtepSlot,
     },
-    model::HostTables,
+    model::{HostSessions, HostTables},
     wire::{Be16, Ipv4, Mac, Vni},
 };
 
 use crate::{
     packet::{Address, IPV4, Ip, Link, UDP, vxlan, vxlan_header},
     rig::{self, Ports},
+    subject,
 };
 
 /// The VLANs of the program's interface.
@@ -60,6 +61,29 @@ pub(crate) const POD_OF_BAD_HEADER: Address = [10, 244, 10, 2];
 pub(crate) const OVERLAY_ADDRESS: Address = [10, 244, 30, 0];
 /// And inside overlay 1.
 pub(crate) const CILIUM_ADDRESS: Address = [10, 0, 1, 1];
+
+/// Clients that pods cannot answer, by what the rules say of them: one SNAT address, a pool, no translation, no rule.
+pub(crate) const FOREIGN: Address = [198, 51, 100, 9];
+pub(crate) const POOLED: Address = [198, 51, 100, 70];
+pub(crate) const TRUSTED: Address = [198, 51, 100, 130];
+pub(crate) const STRANGER: Address = [192, 0, 2, 99];
+/// The address of all translated clients but the pooled ones.
+pub(crate) const SNAT: Address = [10, 244, 30, 200];
+/// The addresses of the pool.
+pub(crate) const POOL: [Address; 3] = [[10, 244, 30, 201], [10, 244, 30, 202], [10, 244, 30, 203]];
+/// The address of clients on their way to [`TAGGED`].
+pub(crate) const SNAT_TAGGED: Address = [10, 244, 30, 204];
+/// The address inside overlay 1.
+pub(crate) const SNAT_CILIUM: Address = [10, 0, 1, 200];
+/// Between the lowest and the highest SNAT address, and none.
+pub(crate) const AMONG_SNAT: Address = [10, 244, 30, 205];
+/// Highest SNAT address of overlay 0; taken out of its pool, so no rule names it.
+pub(crate) const DRAINED: Address = [10, 244, 30, 206];
+
+/// Index of the program's interface among the ports, that of [`rig::Ports::second`], and of one that is absent.
+pub(crate) const OWN_PORT: u16 = 3;
+pub(crate) const SECOND_PORT: u16 = 15;
+pub(crate) const ABSENT_PORT: u16 = 7;
 
 /// Underlay router or node as next hop.
 const NEXT_HOP: Mac = Mac::new([0x52, 0x54, 0, 0, 0, 0x0a]);
@@ -179,6 +203,7 @@ impl World {
             config,
             fib: rig::model(&ports),
             icmp_allowance: Cell::new(u32::MAX),
+            sessions: sessions(),
             ..HostTables::default()
         };
         for (&id, node) in &nodes {
@@ -191,7 +216,7 @@ impl World {
         tables.vteps.entry(UNRESOLVED).and_modify(|vtep| vtep.slots[0].flags = VtepFlags::USED);
         tables.vteps.entry(BAD_HEADER).and_modify(|vtep| vtep.slots[0].header_len = 20);
         // The array of the kernel has every entry, all zero.
-        for id in 0..crate::subject::TABLE_SIZE {
+        for id in 0..subject::TABLE_SIZE {
             tables.vteps.entry(id).or_insert_with(Vtep::zeroed);
         }
         for (pod, node) in [(POD_OF_FREE, FREE), (POD_OF_NOWHERE, NOWHERE)] {
@@ -208,6 +233,10 @@ impl World {
         for address in [OVERLAY_ADDRESS, CILIUM_ADDRESS] {
             tables.addresses.insert(Ipv4::new(address), overlay);
         }
+        let snat = LocalAddress { kind: LocalAddress::SNAT | LocalAddress::OVERLAY, ifindex: 0 };
+        for address in [SNAT, SNAT_TAGGED, SNAT_CILIUM, DRAINED].into_iter().chain(POOL) {
+            tables.addresses.insert(Ipv4::new(address), snat);
+        }
         let external = |port: rig::Port, vlan| Egress { ifindex: port.index, vlan, kind: Egress::EXTERNAL };
         tables.egress = BTreeMap::from([
             (ports.own.index, external(ports.own, 0)),
@@ -217,6 +246,14 @@ impl World {
             (ports.tunnel.index, Egress { ifindex: ports.tunnel.index, vlan: 0, kind: Egress::TUNNEL }),
         ]);
         Self { ports, tables, nodes }
+    }
+
+    /// The same under changed constants or tables, with session tables of its own.
+    pub(crate) fn with(&self, change: impl FnOnce(&mut Self)) -> Self {
+        let mut changed = self.clone();
+        changed.tables.sessions = sessions();
+        change(&mut changed);
+        changed
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -239,7 +276,11 @@ impl World {
     }
 }
 
-fn key(overlay: u32, address: Address) -> OverlayAddress {
+fn sessions() -> HostSessions {
+    HostSessions { capacity: Some(subject::TABLE_SIZE as usize), ..HostSessions::default() }
+}
+
+pub(crate) fn key(overlay: u32, address: Address) -> OverlayAddress {
     OverlayAddress { overlay, address: Ipv4::new(address) }
 }
 
@@ -289,7 +330,49 @@ fn config(ports: &Ports) -> Config {
     for (port, (vlan, roles)) in config.vlans.iter_mut().zip(vlans) {
         *port = VlanPort { vlan, roles };
     }
+    translate(&mut config, ports);
     config
+}
+
+/// Which clients are translated, and to what.
+fn translate(config: &mut Config, ports: &Ports) {
+    let addresses = [SNAT, POOL[0], POOL[1], POOL[2], SNAT_TAGGED, SNAT_CILIUM];
+    for (place, address) in config.snat_addresses.iter_mut().zip(addresses) {
+        *place = Ipv4::new(address);
+    }
+    let quarter = |last: u8| SnatRule {
+        client: Ipv4::new([198, 51, 100, last]),
+        client_mask: Ipv4::new([255, 255, 255, 192]),
+        ..SnatRule::default()
+    };
+    let [a, b, c, _] = pod(TAGGED);
+    let rules = [
+        SnatRule {
+            destination: Ipv4::new([a, b, c, 0]),
+            destination_mask: Ipv4::new([255, 255, 255, 0]),
+            first: 4,
+            count: 1,
+            ..quarter(0)
+        },
+        SnatRule { first: 0, count: 1, ..quarter(0) },
+        SnatRule { first: 1, count: 3, ..quarter(64) },
+        SnatRule { count: 0, ..quarter(128) },
+        SnatRule { overlay: 1, first: 5, count: 1, ..quarter(0) },
+    ];
+    config.snat_rule_count = u32::try_from(rules.len()).unwrap();
+    config.snat_rules[..rules.len()].copy_from_slice(&rules);
+    for (overlay, first, last) in [(0, SNAT, DRAINED), (1, SNAT_CILIUM, SNAT_CILIUM)] {
+        let [first, last] = [first, last].map(u32::from_be_bytes);
+        config.overlays[overlay].snat_first = first;
+        config.overlays[overlay].snat_span = last - first + 1;
+    }
+    config.port = OWN_PORT.into();
+    // The interface takes jumbo frames, its clients do not.
+    for (index, port) in [(OWN_PORT, ports.own), (SECOND_PORT, ports.second)] {
+        config.ports[usize::from(index)] = Port { ifindex: port.index, mac: port.mac, mtu: 1500 };
+    }
+    config.session_slots = subject::TABLE_SIZE;
+    config.timeouts = Timeouts::DEFAULT;
 }
 
 fn nodes(ports: &Ports) -> BTreeMap<u32, Node> {

@@ -37,6 +37,13 @@ impl<V> Shared<V> {
         // SAFETY: the pointer is valid; the host's model runs on one thread at a time.
         unsafe { *self.0.get() }
     }
+
+    /// Replaces the whole entry, as a table does that takes it for another session.
+    #[cfg(test)]
+    pub(in crate::engine) fn set(&self, value: V) {
+        // SAFETY: as for reading.
+        unsafe { *self.0.get() = value }
+    }
 }
 
 #[cfg(any(test, feature = "model"))]

@@ -6,7 +6,7 @@ use gateway_common::abi::Roles;
 
 use super::{Finding, ethtool::Ethtool};
 use crate::{
-    config::{Config, Interface, Overlay},
+    config::{Config, Interface, Overlay, snat::session_memory_text},
     dataplane::template::VXLAN_OVERHEAD,
     kernel::{
         device::device_name,
@@ -17,6 +17,7 @@ use crate::{
 pub(super) fn findings(config: &Config, host: &Host) -> Vec<Finding> {
     let mut findings = interfaces(config, host);
     findings.extend(mtu(config, host));
+    findings.extend(translation(config, host));
     for overlay in &config.overlays {
         findings.push(local_address(config, host, overlay));
         findings.extend(other_tunnels(config, host, overlay));
@@ -124,6 +125,30 @@ fn mtu(config: &Config, host: &Host) -> Option<Finding> {
             ),
         )
     })
+}
+
+/// Source translation: what it takes, and whether the kernel is in its way.
+fn translation(config: &Config, host: &Host) -> Vec<Finding> {
+    let subject = "source translation";
+    if !config.snat.is_on() {
+        return vec![Finding::ok(
+            subject,
+            "off: clients outside of the overlays' subnets are refused, unless a rule routes them",
+        )];
+    }
+    let mut findings: Vec<Finding> = host
+        .misused(&config.snat)
+        .map(|(address, text)| {
+            let advice = "the address is left out until then; a rule without any address refuses its clients";
+            Finding::fail(format!("{subject}, {address}"), text, advice)
+        })
+        .collect();
+    let addresses = config.snat.addresses().count();
+    findings.push(Finding::ok(
+        subject,
+        format!("SNAT addresses: {addresses}; room for {}", session_memory_text(config.snat.slots())),
+    ));
+    findings
 }
 
 fn local_address(config: &Config, host: &Host, overlay: &Overlay) -> Finding {

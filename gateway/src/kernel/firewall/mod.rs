@@ -6,8 +6,10 @@
 //!
 //! - `input`: UDP to a tunnel port of ours goes to `tunnel`, which accepts it on underlay interfaces, to an
 //!   overlay's address, from a known node. What remains is counted as `tunnel_refused` and dropped.
-//! - `forward`: into a tunnel device only from the overlay's own subnet; the rest is counted as `client_foreign` and
-//!   dropped, as the program does it. The host's own packets do not come this way.
+//! - `forward`: into a tunnel device only from the overlay's own subnet, and from clients that a rule of `[snat]` routes;
+//!   the rest is counted as `client_foreign` and dropped. Clients that are translated never come this way: the program
+//!   translates their packets or drops them, and what it passes up (an expiring TTL) the kernel answers before it forwards.
+//!   The host's own packets do not come this way either.
 //!
 //! Priority -10 is just before the host's own filters (0). In nftables a drop is final and an acceptance is not, so the
 //! order decides only who counts: a stranger's packet here, whatever the host's rules make of it. At the input
@@ -33,10 +35,10 @@ use gateway_common::abi::Roles;
 use serde_json::Value;
 
 pub use self::nft::NftError;
-use self::ruleset::{Elements, Found};
+use self::ruleset::{Admission, Elements, Found};
 use super::{device::device_name, host::Host};
 use crate::{
-    config::{Config, SourceCheck},
+    config::{Config, Overlay, SnatAction, SourceCheck},
     plan::Desired,
 };
 
@@ -162,7 +164,18 @@ impl Firewall {
             .filter(|overlay| overlay.source_check == SourceCheck::Off)
             .map(|overlay| (overlay.local, overlay.port))
             .collect();
-        let tunnels = config.overlays.iter().map(|overlay| (device_name(overlay), overlay.subnet)).collect();
+        let admission = |overlay: &Overlay| Admission {
+            subnet: overlay.subnet,
+            rules: config
+                .snat
+                .rules
+                .iter()
+                .filter(|rule| config.snat.applies(rule, overlay.subnet))
+                .map(|rule| (rule.clients, rule.destinations, rule.action == SnatAction::Route))
+                .collect(),
+        };
+        let tunnels =
+            config.overlays.iter().map(|overlay| (device_name(overlay), admission(overlay))).collect();
         let table = table_name(&config.instance);
         Self {
             frame: ruleset::Frame { table, ports, open, tunnels },

@@ -29,8 +29,18 @@ pub(super) struct Frame {
     pub(super) ports: BTreeSet<u16>,
     /// Local address and port of overlays that check no sources.
     pub(super) open: BTreeSet<(Ipv4Addr, u16)>,
-    /// Tunnel devices, and the sources that may be forwarded into them.
-    pub(super) tunnels: BTreeMap<String, Ipv4Net>,
+    /// Tunnel devices, and what may be forwarded into them.
+    pub(super) tunnels: BTreeMap<String, Admission>,
+}
+
+/// What may be forwarded into a tunnel device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Admission {
+    /// Sources that may, in any case.
+    pub(super) subnet: Ipv4Net,
+    /// The rules of source translation, in order: clients, destinations, and whether they are routed. Whom none names is
+    /// refused.
+    pub(super) rules: Vec<(Ipv4Net, Ipv4Net, bool)>,
 }
 
 impl Frame {
@@ -89,10 +99,25 @@ impl Frame {
             ),
         );
         objects.push(self.rule("tunnel", &drop_as(REFUSED)));
-        for (device, subnet) in &self.tunnels {
+        for (device, Admission { subnet, rules }) in &self.tunnels {
             let device = equal(&json!({ "meta": { "key": "oifname" } }), &json!(device));
-            let inside = json!({ "prefix": { "addr": subnet.network(), "len": subnet.prefix_len() } });
-            let foreign = json!({ "match": { "op": "!=", "left": ip("saddr"), "right": inside } });
+            let foreign = json!({ "match": { "op": "!=", "left": ip("saddr"), "right": prefix(*subnet) } });
+            // After the last rule that routes, all are refused alike.
+            let count = rules.iter().rposition(|(.., routed)| *routed).map_or(0, |last| last + 1);
+            for (clients, destinations, routed) in &rules[..count] {
+                let mut expression = vec![device.clone(), foreign.clone()];
+                for (field, net) in [("saddr", clients), ("daddr", destinations)] {
+                    if net.prefix_len() > 0 {
+                        expression.push(equal(&ip(field), &prefix(*net)));
+                    }
+                }
+                if *routed {
+                    expression.push(json!({ "accept": null }));
+                } else {
+                    expression.extend(drop_as(FOREIGN));
+                }
+                objects.push(self.rule("forward", &expression));
+            }
             objects.push(self.rule("forward", &[&[device, foreign], &drop_as(FOREIGN)[..]].concat()));
         }
         objects
@@ -122,6 +147,13 @@ fn add(kind: &str, object: &Value) -> Value {
 
 fn equal(left: &Value, right: &Value) -> Value {
     json!({ "match": { "op": "==", "left": left, "right": right } })
+}
+
+fn prefix(net: Ipv4Net) -> Value {
+    if net.prefix_len() == 32 {
+        return json!(net.addr());
+    }
+    json!({ "prefix": { "addr": net.network(), "len": net.prefix_len() } })
 }
 
 fn ip(field: &str) -> Value {
