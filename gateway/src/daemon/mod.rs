@@ -360,7 +360,7 @@ impl Daemon {
 
     /// Brings the tables up to date, and does one of the chores: a next hop that moves meanwhile must not wait for
     /// all of them.
-    async fn work(&mut self, pending: &mut Pending, netlink: &mut mpsc::UnboundedReceiver<netlink::Event>) {
+    async fn work(&mut self, pending: &mut Pending, netlink: &mut mpsc::Receiver<netlink::Event>) {
         if pending.host || pending.routes {
             sleep(SETTLE).await;
             while let Ok(event) = netlink.try_recv() {
@@ -628,6 +628,7 @@ impl Daemon {
             pid: std::process::id(),
             started: self.started,
             written: now(),
+            xdp_mode: self.config.datapath.xdp_mode,
             source: SourceReport {
                 location: match &self.config.source {
                     Source::Files { path } => path.display().to_string(),

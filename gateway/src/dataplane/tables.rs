@@ -39,6 +39,13 @@ pub struct TableError {
     source: io::Error,
 }
 
+impl TableError {
+    /// The table has no room, or the kernel no memory, so no other entry will do better.
+    pub fn is_full(&self) -> bool {
+        matches!(self.source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM))
+    }
+}
+
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::E2BIG | libc::ENOSPC) => {
