@@ -203,9 +203,9 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
 
 /// The daemon's report if it runs, which the lock tells.
 fn running_report(config: &Config, problems: &mut Vec<String>) -> Option<Report> {
-    match InstanceLock::is_held(&config.instance) {
-        Ok(true) => {}
-        Ok(false) => {
+    let holder = match InstanceLock::holder(&config.instance) {
+        Ok(Some(holder)) => holder,
+        Ok(None) => {
             let remedy = "tables are no longer updated; start it with `gateway run`";
             problems.push(format!("the gateway is not running: {remedy}"));
             return None;
@@ -214,10 +214,11 @@ fn running_report(config: &Config, problems: &mut Vec<String>) -> Option<Report>
             problems.push(error.to_string());
             return None;
         }
-    }
+    };
     match Report::read(&config.instance) {
-        Ok(Some(report)) => Some(report),
-        Ok(None) => {
+        Ok(Some(report)) if report.pid == holder => Some(report),
+        // None yet, or that of the daemon before.
+        Ok(_) => {
             problems.push("the gateway is starting: it has not published its state yet".to_owned());
             None
         }

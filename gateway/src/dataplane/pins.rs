@@ -458,6 +458,13 @@ fn remove_tree(directory: &Path) -> Result<bool, PinError> {
     Ok(true)
 }
 
+/// The process id that stands in a lock file.
+fn process_in(file: &mut File) -> Option<u32> {
+    let mut text = String::new();
+    file.read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
 /// Whether the open file is the one that the path leads to.
 fn is_at(file: &File, path: &Path) -> bool {
     let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
@@ -508,9 +515,7 @@ impl InstanceLock {
             }
             thread::sleep(ATTEMPT_PAUSE);
         }
-        let mut text = String::new();
-        let holder = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-        Err(PinError::Locked { instance: instance.to_owned(), holder })
+        Err(PinError::Locked { instance: instance.to_owned(), holder: process_in(&mut file) })
     }
 
     /// Releases the lock, and removes it with its directory if nothing else is in there.
@@ -520,28 +525,32 @@ impl InstanceLock {
     /// The file cannot be removed.
     pub fn remove(self) -> Result<(), PinError> {
         let Self { path, _file } = self;
-        fs::remove_file(&path).map_err(|source| PinError::Io { verb: "remove", path: path.clone(), source })?;
+        fs::remove_file(&path).map_err(|source| PinError::Io {
+            verb: "remove",
+            path: path.clone(),
+            source,
+        })?;
         // Not empty if somebody has just taken the instance; they keep it.
         let _ = path.parent().map(fs::remove_dir);
         Ok(())
     }
 
-    /// Whether a process has the lock.
+    /// Id of the process that has the lock; 0 if it has not said yet. `None` if nobody has it.
     ///
     /// # Errors
     ///
     /// The lock file is there but cannot be tried.
-    pub fn is_held(instance: &str) -> Result<bool, PinError> {
+    pub fn holder(instance: &str) -> Result<Option<u32>, PinError> {
         let path = run_directory(instance).join("lock");
         let fault = |verb, source: io::Error| PinError::Io { verb, path: path.clone(), source };
         let file = match File::open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(fault("open", error)),
         };
         match Flock::lock(file, FlockArg::LockSharedNonblock) {
-            Ok(_) => Ok(false),
-            Err((_, Errno::EWOULDBLOCK)) => Ok(true),
+            Ok(_) => Ok(None),
+            Err((mut file, Errno::EWOULDBLOCK)) => Ok(Some(process_in(&mut file).unwrap_or(0))),
             Err((_, error)) => Err(fault("try the lock", error.into())),
         }
     }

@@ -77,17 +77,27 @@ impl<K: Pod + Ord, V: Pod + PartialEq> Mirror<K, V> {
     }
 
     fn write(&mut self, entries: &[(K, V)], faults: &mut Faults) {
-        past_faults(entries, |rest| self.table.write(rest), faults, |done| {
-            self.entries.extend(done.iter().copied());
-        });
+        past_faults(
+            entries,
+            |rest| self.table.write(rest),
+            faults,
+            |done| {
+                self.entries.extend(done.iter().copied());
+            },
+        );
     }
 
     fn delete(&mut self, keys: &[K], faults: &mut Faults) {
-        past_faults(keys, |rest| self.table.delete(rest), faults, |done| {
-            for key in done {
-                self.entries.remove(key);
-            }
-        });
+        past_faults(
+            keys,
+            |rest| self.table.delete(rest),
+            faults,
+            |done| {
+                for key in done {
+                    self.entries.remove(key);
+                }
+            },
+        );
     }
 }
 

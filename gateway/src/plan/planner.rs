@@ -238,7 +238,9 @@ impl Planner {
     /// address is nowhere.
     fn pod_goal(&self, index: usize, address: Ipv4Addr) -> Option<VtepKey> {
         let overlay = &self.overlays[index];
-        if overlay.subnet.contains(&address) || overlay.network.is_some_and(|network| !network.contains(&address)) {
+        if overlay.subnet.contains(&address)
+            || overlay.network.is_some_and(|network| !network.contains(&address))
+        {
             return None;
         }
         let nodes = &self.nodes[index];
@@ -277,7 +279,10 @@ impl Planner {
                 if let Some(network) = overlay.network.filter(|network| !network.contains(address)) {
                     return Some(Problem::error(
                         place(),
-                        format!("{address} is outside of {network}, the network of overlay {:?}", overlay.name),
+                        format!(
+                            "{address} is outside of {network}, the network of overlay {:?}",
+                            overlay.name
+                        ),
                         "widen the overlay's network if the address is the cluster's",
                     ));
                 }

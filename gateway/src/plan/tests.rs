@@ -462,7 +462,10 @@ fn a_pod_outside_of_the_network_takes_nobodys_address() {
     assert_eq!(planner.desired().pods.keys().collect::<Vec<_>>(), [&address("10.244.9.5")]);
     let problems = planner.problems();
     let found = problems.iter().find(|problem| problem.place == "Pod default/bad, status.podIP").unwrap();
-    assert!(found.severity == Severity::Error && found.what.contains("outside of 10.244.0.0/16"), "{found:?}");
+    assert!(
+        found.severity == Severity::Error && found.what.contains("outside of 10.244.0.0/16"),
+        "{found:?}"
+    );
 }
 
 /// The size that the design aims for, in an order that makes every pod wait for its node.

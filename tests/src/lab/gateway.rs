@@ -23,7 +23,7 @@ use super::{
 pub const PROGRAM_VARIABLE: &str = "GATEWAY_BIN";
 
 /// For a machine that is busy with other things, or with a stream at full load.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_mins(1);
 const READY: Duration = Duration::from_secs(5);
 
 /// A gateway that runs.
