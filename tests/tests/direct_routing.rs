@@ -10,8 +10,7 @@ use gateway_tests::lab::{
         EXTERNAL, FLANNEL, GATEWAY_ENDPOINT, GATEWAY_SUBNET, GATEWAY_VTEP, MTU, NIC, Node, PORT, UNDERLAY,
     },
     frames::{self, Datagram},
-    traffic::{self, Transport},
-    wait_until,
+    traffic, wait_until,
     wiring::{self, Via},
 };
 
@@ -45,21 +44,7 @@ fn start(label: &str) -> (Gateway, Flannel) {
 fn plain_packets_serve_every_client_and_node() {
     let (gateway, lab) = start("direct-routing");
     let before = gateway.counters(lab.gateway()).unwrap();
-    for node in lab.nodes() {
-        for number in [1, 2] {
-            let (client, pod) = (lab.client(number), lab.pod(node, number));
-            let (client_address, pod_address) = (client.address(NIC).unwrap(), node.pod_address(number));
-            for (from, to, address) in [(client, pod, pod_address), (pod, client, client_address)] {
-                let pings = traffic::ping(from, address, 5, &[]).unwrap();
-                assert_eq!(pings.received, 5, "{} to {address}: {pings:?}", from.name());
-                let tcp = traffic::iperf(from, to, address, Transport::Tcp, &[]).unwrap();
-                assert!(tcp.bits > 50e6, "{} to {}: {tcp:?}", from.name(), to.name());
-            }
-            let _server = traffic::WebServer::start(pod, 8080).unwrap();
-            let body = traffic::fetch(client, pod_address, 8080).unwrap();
-            assert_eq!(body, format!("hello from {}, you are {client_address}\n", pod.name()));
-        }
-    }
+    traffic::exchange(&lab).unwrap();
     let after = gateway.counters(lab.gateway()).unwrap();
     for row in Outcome::TABLE {
         let packets = after[row.label] - before[row.label];

@@ -11,7 +11,7 @@ use gateway_tests::lab::{
         UNDERLAY, UNDERLAY_SWITCH,
     },
     frames::{self, Datagram, IP},
-    traffic::{self, Transport},
+    traffic,
     wiring::{self, End},
 };
 use ipnet::Ipv4Net;
@@ -59,21 +59,7 @@ fn start(label: &str) -> (Gateway, Flannel) {
 fn one_interface_serves_clients_and_nodes() {
     let (gateway, lab) = start("one-armed");
     let before = gateway.counters(lab.gateway()).unwrap();
-    for node in lab.nodes() {
-        for number in [1, 2] {
-            let (client, pod) = (lab.client(number), lab.pod(node, number));
-            let (client_address, pod_address) = (client.address(NIC).unwrap(), node.pod_address(number));
-            for (from, to, address) in [(client, pod, pod_address), (pod, client, client_address)] {
-                let pings = traffic::ping(from, address, 5, &[]).unwrap();
-                assert_eq!(pings.received, 5, "{} to {address}: {pings:?}", from.name());
-                let tcp = traffic::iperf(from, to, address, Transport::Tcp, &[]).unwrap();
-                assert!(tcp.bits > 50e6, "{} to {}: {tcp:?}", from.name(), to.name());
-            }
-            let _server = traffic::WebServer::start(pod, 8080).unwrap();
-            let body = traffic::fetch(client, pod_address, 8080).unwrap();
-            assert_eq!(body, format!("hello from {}, you are {client_address}\n", pod.name()));
-        }
-    }
+    traffic::exchange(&lab).unwrap();
     // It was the fast path, and nothing was dropped.
     let after = gateway.counters(lab.gateway()).unwrap();
     for row in Outcome::TABLE {

@@ -75,7 +75,7 @@ impl Target {
 /// A daemon runs, the instance is not known, or something cannot be removed.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let target = Target::of(args)?;
-    let _lock = InstanceLock::take(&target.instance)?;
+    let lock = InstanceLock::take(&target.instance)?;
     let pins = Pins::new(&target.bpffs, &target.instance);
     let interfaces = pins.linked_interfaces()?;
     // A device of an overlay that is not in the configuration is known by what the daemon left written.
@@ -98,6 +98,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     })?;
     let restored = Settings::open(&target.instance)?.restore()?;
     Report::remove(&target.instance)?;
+    lock.remove()?;
     for (key, change) in &restored {
         lines(&format!("{key} restored from {} to {}", change.new, change.old))?;
     }

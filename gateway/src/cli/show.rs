@@ -256,14 +256,14 @@ fn routes(rows: Vec<RouteRow>, destination: &str, as_json: bool) -> anyhow::Resu
 }
 
 fn problems(config: &Config, as_json: bool) -> anyhow::Result<ExitCode> {
-    if !InstanceLock::is_held(&config.instance)? {
+    let Some(holder) = InstanceLock::holder(&config.instance)? else {
         bail!(
             "the gateway {} is not running, so nobody looks for problems: start it with `gateway run`, or look at the \
              manifests with `gateway check`",
             config.instance
         );
-    }
-    let Some(report) = Report::read(&config.instance)? else {
+    };
+    let Some(report) = Report::read(&config.instance)?.filter(|report| report.pid == holder) else {
         bail!(
             "the gateway {} is starting and has not published its state yet: try again in a moment",
             config.instance

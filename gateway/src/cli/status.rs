@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, process::ExitCode};
 
-use clap::{Args as ClapArgs, ValueEnum as _};
+use clap::Args as ClapArgs;
 use gateway_common::abi::{Roles, VtepFlags, VtepSlot};
 use serde::Serialize;
 
@@ -52,8 +52,8 @@ struct Status {
     interfaces: Vec<InterfaceStatus>,
     /// Tables; empty if nothing is pinned.
     tables: Vec<TableStatus>,
-    /// How the program is configured to be attached, or `off`.
-    xdp_mode: String,
+    /// How the daemon attaches programs, or `off`; without a daemon, how the configuration says.
+    xdp_mode: XdpMode,
     /// What the kernel alone does differently; empty unless the mode is `off`.
     differences: &'static [Lack],
     /// The firewall's table; absent if there is none.
@@ -168,22 +168,21 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
         problems.push("there is no firewall: `gateway run` makes it".to_owned());
     }
     let settings = Settings::open(&config.instance)?.changed().clone();
-    let off = config.datapath.xdp_mode == XdpMode::Off;
-
     let report = running_report(config, &mut problems);
-    let interfaces = interfaces(config, &host, &pins, &mut problems)?;
+    // The file may have been edited since the daemon read it.
+    let xdp_mode = report.as_ref().map_or(config.datapath.xdp_mode, |report| report.xdp_mode);
+    if xdp_mode != config.datapath.xdp_mode {
+        problems.push("the configuration has another xdp_mode: restart the daemon to apply it".to_owned());
+    }
+    let interfaces = interfaces(config, xdp_mode, &host, &pins, &mut problems)?;
     let mut status = Status {
         healthy: false,
         instance: config.instance.clone(),
         daemon: None,
         interfaces,
         tables: Vec::new(),
-        xdp_mode: config
-            .datapath
-            .xdp_mode
-            .to_possible_value()
-            .map_or_else(String::new, |mode| mode.get_name().to_owned()),
-        differences: if off { OFF } else { &[] },
+        xdp_mode,
+        differences: if xdp_mode == XdpMode::Off { OFF } else { &[] },
         firewall,
         sessions: None,
         settings,
@@ -227,9 +226,9 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
 
 /// The daemon's report if it runs, which the lock tells.
 fn running_report(config: &Config, problems: &mut Vec<String>) -> Option<Report> {
-    match InstanceLock::is_held(&config.instance) {
-        Ok(true) => {}
-        Ok(false) => {
+    let holder = match InstanceLock::holder(&config.instance) {
+        Ok(Some(holder)) => holder,
+        Ok(None) => {
             let remedy = "tables are no longer updated; start it with `gateway run`";
             problems.push(format!("the gateway is not running: {remedy}"));
             return None;
@@ -238,10 +237,11 @@ fn running_report(config: &Config, problems: &mut Vec<String>) -> Option<Report>
             problems.push(error.to_string());
             return None;
         }
-    }
+    };
     match Report::read(&config.instance) {
-        Ok(Some(report)) => Some(report),
-        Ok(None) => {
+        Ok(Some(report)) if report.pid == holder => Some(report),
+        // None yet, or that of the daemon before.
+        Ok(_) => {
             problems.push("the gateway is starting: it has not published its state yet".to_owned());
             None
         }
@@ -254,6 +254,7 @@ fn running_report(config: &Config, problems: &mut Vec<String>) -> Option<Report>
 
 fn interfaces(
     config: &Config,
+    xdp_mode: XdpMode,
     host: &Host,
     pins: &Pins,
     problems: &mut Vec<String>,
@@ -269,7 +270,7 @@ fn interfaces(
             None if problems.iter().any(|problem| problem.contains(&interface.name)) => {}
             None => problems.push(format!("interface {} does not exist here", interface.name)),
             Some(link) if !link.up => problems.push(format!("interface {} is down", interface.name)),
-            Some(_) if !ours && config.datapath.xdp_mode != XdpMode::Off => {
+            Some(_) if !ours && xdp_mode != XdpMode::Off => {
                 problems.push(format!("no program of this gateway is on interface {}", interface.name));
             }
             Some(_) => {}
@@ -357,7 +358,7 @@ fn print(status: &Status) -> anyhow::Result<()> {
                 match (row.ifindex, row.up, row.ours) {
                     (None, ..) => "absent",
                     (_, false, _) => "down",
-                    (_, _, false) if status.xdp_mode == "off" => "kernel",
+                    (_, _, false) if status.xdp_mode == XdpMode::Off => "kernel",
                     (_, _, false) => "not attached",
                     _ => "attached",
                 }

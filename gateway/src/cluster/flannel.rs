@@ -15,14 +15,17 @@ use k8s_openapi::{
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use crate::{
-    cluster::{model::PodRef, problem::Problem},
+    cluster::{
+        model::PodRef,
+        problem::{Origin, Problem},
+    },
     config::Overlay,
 };
 
 const KUBE_SUBNET_MANAGER: &str = "kube-subnet-manager";
 const BACKEND_TYPE: &str = "backend-type";
-const BACKEND_DATA: &str = "backend-data";
-const PUBLIC_IP: &str = "public-ip";
+pub(crate) const BACKEND_DATA: &str = "backend-data";
+pub(crate) const PUBLIC_IP: &str = "public-ip";
 
 /// A node as VTEP.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +40,8 @@ pub struct NodeFacts {
     pub cidr: Ipv4Net,
     /// The Node's InternalIP and ExternalIP addresses: it may send from them.
     pub addresses: Vec<Ipv4Addr>,
+    /// Where the source has it from.
+    pub origin: Origin,
 }
 
 /// Why a Node is no VTEP although nothing is wrong with it.
@@ -70,7 +75,10 @@ pub enum NodeReading {
 
 impl NodeReading {
     /// The same, with its problems placed where the source has the Node from.
-    pub fn located(mut self, origin: &str) -> Self {
+    pub fn located(mut self, origin: &Origin) -> Self {
+        if let Self::Vtep(facts, _) = &mut self {
+            facts.origin.clone_from(origin);
+        }
         if let Self::Vtep(_, problems) | Self::Rejected(problems) = &mut self {
             for problem in problems {
                 problem.locate(origin);
@@ -187,6 +195,7 @@ pub fn read_node(node: &Node, overlay: &Overlay) -> NodeReading {
         mac,
         cidr,
         addresses: node_addresses(node),
+        origin: None,
     };
     match compare_with_ourselves(&facts, overlay) {
         Ourselves::Stranger => {}
@@ -200,16 +209,17 @@ pub fn read_node(node: &Node, overlay: &Overlay) -> NodeReading {
         }
     }
     if let Some(network) = overlay.network.filter(|network| !network.contains(&cidr)) {
-        warnings.push(Problem::warning(
+        // The gateway answers ARP for what a node has, so the overlay's network bounds what a Node can take.
+        return NodeReading::Rejected(vec![Problem::error(
             place(POD_CIDR),
             format!("{cidr} is outside of {network}, the network of overlay {:?}", overlay.name),
             "check the overlay's network and the cluster's allocation of pod CIDRs",
-        ));
+        )]);
     }
     NodeReading::Vtep(facts, warnings)
 }
 
-const POD_CIDR: &str = "spec.podCIDR";
+pub(crate) const POD_CIDR: &str = "spec.podCIDR";
 
 /// How a Node relates to this gateway's own announcement.
 enum Ourselves {
@@ -403,6 +413,8 @@ pub struct PodFacts {
     pub node: Arc<str>,
     /// Its address.
     pub address: Ipv4Addr,
+    /// Where the source has it from.
+    pub origin: Origin,
 }
 
 /// Why a Pod has no address of its own in the overlay although nothing is wrong with it.
@@ -474,6 +486,7 @@ pub fn read_pod(pod: &Pod, reference: &PodRef) -> PodReading {
                     terminating: pod.metadata.deletion_timestamp.is_some(),
                     node: node.into(),
                     address,
+                    origin: None,
                 });
             }
             Ok(std::net::IpAddr::V4(address)) => {

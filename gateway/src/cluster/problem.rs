@@ -75,12 +75,21 @@ impl Problem {
     }
 }
 
+/// Where a source has an object from, for people: a file, or an item in it. `None` if the name says enough.
+pub type Origin = Option<Arc<str>>;
+
 impl Problem {
-    /// Puts the file and item that the object comes from in front of its place, unless `origin` is empty.
-    pub fn locate(&mut self, origin: &str) {
-        if !origin.is_empty() {
+    /// Puts where the object comes from in front of its place.
+    pub fn locate(&mut self, origin: &Origin) {
+        if let Some(origin) = origin {
             self.place = format!("{origin}, {}", self.place);
         }
+    }
+
+    /// The same problem, located.
+    pub fn located(mut self, origin: &Origin) -> Self {
+        self.locate(origin);
+        self
     }
 }
 

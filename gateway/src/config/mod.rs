@@ -142,7 +142,8 @@ pub struct ExtraSource {
 }
 
 /// Whether there is a program on the interfaces, and how it is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum XdpMode {
     /// In the driver.
     Driver,

@@ -430,7 +430,7 @@ impl Daemon {
     async fn work(
         &mut self,
         pending: &mut Pending,
-        netlink: &mut mpsc::UnboundedReceiver<netlink::Event>,
+        netlink: &mut mpsc::Receiver<netlink::Event>,
         ageing: &Ageing,
     ) {
         if pending.host || pending.routes {
@@ -717,6 +717,7 @@ impl Daemon {
             pid: std::process::id(),
             started: self.started,
             written: now(),
+            xdp_mode: self.config.datapath.xdp_mode,
             source: SourceReport {
                 location: match &self.config.source {
                     Source::Files { path } => path.display().to_string(),

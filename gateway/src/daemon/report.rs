@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use super::problems::ProblemReport;
-use crate::dataplane::pins::run_directory;
+use crate::{config::XdpMode, dataplane::pins::run_directory};
 
 /// State of a running daemon. Times are seconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +24,8 @@ pub struct Report {
     pub started: u64,
     /// When this was written.
     pub written: u64,
+    /// How its programs are attached.
+    pub xdp_mode: XdpMode,
     /// Where cluster objects come from.
     pub source: SourceReport,
     /// Nodes.

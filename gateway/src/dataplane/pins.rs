@@ -26,6 +26,7 @@ use std::{
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, Write as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -526,6 +527,20 @@ fn remove_tree(directory: &Path) -> Result<bool, PinError> {
     Ok(true)
 }
 
+/// The process id that stands in a lock file.
+fn process_in(file: &mut File) -> Option<u32> {
+    let mut text = String::new();
+    file.read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Whether the open file is the one that the path leads to.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let there = fs::metadata(path).map(identity);
+    file.metadata().map(identity).is_ok_and(|open| there.is_ok_and(|there| there == open))
+}
+
 /// Directory of an instance's runtime files.
 pub fn run_directory(instance: &str) -> PathBuf {
     Path::new(RUN_DIRECTORY).join(instance)
@@ -534,6 +549,7 @@ pub fn run_directory(instance: &str) -> PathBuf {
 /// The right to change an instance. Released when dropped, and by the kernel when the process ends.
 #[derive(Debug)]
 pub struct InstanceLock {
+    path: PathBuf,
     _file: Flock<File>,
 }
 
@@ -548,48 +564,62 @@ impl InstanceLock {
         make_directory(&directory)?;
         let path = directory.join("lock");
         let fault = |verb, source: io::Error| PinError::Io { verb, path: path.clone(), source };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(|error| fault("open", error))?;
-        let mut file = file;
+        let open = || {
+            let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).to_owned();
+            options.open(&path).map_err(|error| fault("open", error))
+        };
+        let mut file = open()?;
         for _ in 0..ATTEMPTS {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                // `detach` has removed the file that we had opened; somebody else may have the next one.
+                Ok(removed) if !is_at(&removed, &path) => file = open()?,
                 Ok(mut locked) => {
                     locked.set_len(0).map_err(|error| fault("write to", error))?;
                     locked.rewind().map_err(|error| fault("write to", error))?;
                     writeln!(locked, "{}", std::process::id()).map_err(|error| fault("write to", error))?;
-                    return Ok(Self { _file: locked });
+                    return Ok(Self { path, _file: locked });
                 }
                 Err((busy, Errno::EWOULDBLOCK)) => file = busy,
                 Err((_, error)) => return Err(fault("lock", error.into())),
             }
             thread::sleep(ATTEMPT_PAUSE);
         }
-        let mut text = String::new();
-        let holder = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-        Err(PinError::Locked { instance: instance.to_owned(), holder })
+        Err(PinError::Locked { instance: instance.to_owned(), holder: process_in(&mut file) })
     }
 
-    /// Whether a process has the lock.
+    /// Releases the lock, and removes it with its directory if nothing else is in there.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be removed.
+    pub fn remove(self) -> Result<(), PinError> {
+        let Self { path, _file } = self;
+        fs::remove_file(&path).map_err(|source| PinError::Io {
+            verb: "remove",
+            path: path.clone(),
+            source,
+        })?;
+        // Not empty if somebody has just taken the instance; they keep it.
+        let _ = path.parent().map(fs::remove_dir);
+        Ok(())
+    }
+
+    /// Id of the process that has the lock; 0 if it has not said yet. `None` if nobody has it.
     ///
     /// # Errors
     ///
     /// The lock file is there but cannot be tried.
-    pub fn is_held(instance: &str) -> Result<bool, PinError> {
+    pub fn holder(instance: &str) -> Result<Option<u32>, PinError> {
         let path = run_directory(instance).join("lock");
         let fault = |verb, source: io::Error| PinError::Io { verb, path: path.clone(), source };
         let file = match File::open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(fault("open", error)),
         };
         match Flock::lock(file, FlockArg::LockSharedNonblock) {
-            Ok(_) => Ok(false),
-            Err((_, Errno::EWOULDBLOCK)) => Ok(true),
+            Ok(_) => Ok(None),
+            Err((mut file, Errno::EWOULDBLOCK)) => Ok(Some(process_in(&mut file).unwrap_or(0))),
             Err((_, error)) => Err(fault("try the lock", error.into())),
         }
     }

@@ -84,28 +84,51 @@ impl<K: Pod + Ord, V: Pod + PartialEq> Mirror<K, V> {
     }
 
     fn write(&mut self, entries: &[(K, V)], faults: &mut Faults) {
-        let done = match self.table.write(entries) {
-            Ok(()) => entries.len(),
-            Err((done, error)) => {
-                faults.add(&error, entries.len() - done);
-                done
-            }
-        };
-        self.entries.extend(entries.iter().take(done).copied());
+        past_faults(
+            entries,
+            |rest| self.table.write(rest),
+            faults,
+            |done| {
+                self.entries.extend(done.iter().copied());
+            },
+        );
     }
 
     fn delete(&mut self, keys: &[K], faults: &mut Faults) {
-        let done = match self.table.delete(keys) {
-            Ok(()) => keys.len(),
-            Err((done, error)) => {
-                faults.add(&error, keys.len() - done);
-                done
-            }
-        };
-        for key in &keys[..done] {
-            self.entries.remove(key);
-        }
+        past_faults(
+            keys,
+            |rest| self.table.delete(rest),
+            faults,
+            |done| {
+                for key in done {
+                    self.entries.remove(key);
+                }
+            },
+        );
     }
+}
+
+/// Single entries that may fail in one go before the rest waits as well.
+const MOST_FAULTS: usize = 16;
+
+/// Does what can be done: an entry that fails does not hold up those behind it, unless none of them can succeed.
+fn past_faults<T>(
+    mut rest: &[T],
+    mut attempt: impl FnMut(&[T]) -> Result<(), (usize, TableError)>,
+    faults: &mut Faults,
+    mut note: impl FnMut(&[T]),
+) {
+    for faulty in 1.. {
+        let Err((done, error)) = attempt(rest) else { break };
+        note(&rest[..done]);
+        if error.is_full() || faulty == MOST_FAULTS {
+            faults.add(&error, rest.len() - done);
+            return;
+        }
+        faults.add(&error, 1);
+        rest = &rest[done + 1..];
+    }
+    note(rest);
 }
 
 /// Writes that failed in a pass; they are tried again in the next.

@@ -45,7 +45,7 @@ impl TableError {
         Self { verb, table, source }
     }
 
-    /// Whether the table has no room for another entry.
+    /// The table has no room, or the kernel no memory, so no other entry will do better.
     pub fn is_full(&self) -> bool {
         matches!(self.source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM))
     }

@@ -17,6 +17,9 @@ use super::{PROTOCOL, path_mtu};
 /// anew.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
+/// Events that wait for a busy daemon; when there are more, it is told that events were lost.
+const QUEUE: usize = 4096;
+
 /// Pause before a broken connection is opened again.
 const RECONNECT_PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
@@ -90,20 +93,15 @@ pub fn connect() -> io::Result<Handle> {
 /// # Errors
 ///
 /// The first socket cannot be made.
-pub fn subscribe() -> io::Result<mpsc::UnboundedReceiver<Event>> {
-    let (sender, receiver) = mpsc::unbounded_channel();
+pub fn subscribe() -> io::Result<mpsc::Receiver<Event>> {
+    let (sender, receiver) = mpsc::channel(QUEUE);
     let first = open()?;
     tokio::spawn(path_mtu::watch(sender.clone()));
     tokio::spawn(async move {
         let mut messages = Some(first);
         while !sender.is_closed() {
             if let Some(mut stream) = messages.take() {
-                while let Some((message, _)) = stream.next().await {
-                    let Some(event) = event(message.payload) else { continue };
-                    if sender.send(event).is_err() {
-                        return;
-                    }
-                }
+                pass_on(&mut stream, &sender).await;
                 warn!("the netlink connection broke; opening it again");
             }
             tokio::time::sleep(RECONNECT_PAUSE).await;
@@ -111,12 +109,35 @@ pub fn subscribe() -> io::Result<mpsc::UnboundedReceiver<Event>> {
                 Ok(stream) => messages = Some(stream),
                 Err(error) => warn!(%error, "cannot open a netlink connection"),
             }
-            if messages.is_some() && sender.send(Event::Lost).is_err() {
+            if messages.is_some() && sender.send(Event::Lost).await.is_err() {
                 return;
             }
         }
     });
     Ok(receiver)
+}
+
+/// Passes events on until the stream or the receiver ends. A receiver that is too busy loses events, and is told.
+async fn pass_on(messages: &mut Messages, sender: &mpsc::Sender<Event>) {
+    let mut lost = false;
+    loop {
+        let message = tokio::select! {
+            permit = sender.reserve(), if lost => {
+                let Ok(permit) = permit else { return };
+                permit.send(Event::Lost);
+                lost = false;
+                continue;
+            }
+            message = messages.next() => message,
+        };
+        let Some((message, _)) = message else { return };
+        let Some(event) = event(message.payload) else { continue };
+        match sender.try_send(event) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => lost = true,
+            Err(mpsc::error::TrySendError::Closed(_)) => return,
+        }
+    }
 }
 
 type Messages = futures::channel::mpsc::UnboundedReceiver<(

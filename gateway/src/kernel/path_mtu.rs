@@ -11,7 +11,7 @@ use rtnetlink::{
     },
     sys::AsyncSocket as _,
 };
-use tokio::{sync::mpsc::UnboundedSender, time::sleep};
+use tokio::{sync::mpsc::Sender, time::sleep};
 
 use super::{
     ipv4,
@@ -26,7 +26,7 @@ const INTERVAL: Duration = Duration::from_secs(2);
 type Exceptions = BTreeSet<(Ipv4Addr, u32)>;
 
 /// Sends [`Event::Routes`] when an exception came, went or changed, for as long as somebody listens.
-pub(super) async fn watch(events: UnboundedSender<Event>) {
+pub(super) async fn watch(events: Sender<Event>) {
     let mut connection: Option<Handle> = None;
     let mut known = Exceptions::new();
     while !events.is_closed() {
@@ -44,7 +44,7 @@ pub(super) async fn watch(events: UnboundedSender<Event>) {
         match read(&handle).await {
             Ok(now) => {
                 connection = Some(handle);
-                if now != known && events.send(Event::Routes).is_err() {
+                if now != known && events.send(Event::Routes).await.is_err() {
                     return;
                 }
                 known = now;

@@ -6,7 +6,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fmt,
     net::Ipv4Addr,
     sync::{Arc, OnceLock},
 };
@@ -15,10 +14,10 @@ use gateway_common::wire::Mac;
 use ipnet::Ipv4Net;
 use k8s_openapi::jiff::Timestamp;
 
-use super::{VtepSpec, nets::NetIndex};
+use super::{VtepSpec, nets::NetIndex, planner::source};
 use crate::{
     cluster::{
-        flannel::{NodeFacts, NodeReading, NodeSkip},
+        flannel::{BACKEND_DATA, NodeFacts, NodeReading, NodeSkip, POD_CIDR, PUBLIC_IP},
         problem::Problem,
     },
     config::{Overlay, SourceCheck},
@@ -216,31 +215,54 @@ impl Nodes {
         let own = rank(name, facts);
         let winners: BTreeSet<&Rank> =
             self.rivals(facts).filter(|rival| **rival < own && self.is_vtep(&rival.name)).collect();
-        winners
-            .into_iter()
-            .filter_map(|winner| {
-                let theirs = self.facts(&winner.name)?;
-                let clash = Clash::between(facts, theirs);
-                Some(Problem::error(
-                    format!("Node {name}"),
-                    format!("{clash} Node {}, which has precedence (older, or first by name)", winner.name),
+        let mut problems = Vec::new();
+        for winner in winners {
+            let Some(theirs) = self.facts(&winner.name) else { continue };
+            let origin = source(&theirs.origin);
+            problems.extend(clashes(facts, theirs).into_iter().map(|(field, what)| {
+                Problem::error(
+                    self.place(name, field),
+                    format!(
+                        "{what} Node {}{origin}, which has precedence (older, or first by name)",
+                        winner.name
+                    ),
                     "give each node its own, or delete the stale Node; until then no traffic goes to this one",
-                ))
-            })
-            .collect()
+                )
+                .located(&facts.origin)
+            }));
+        }
+        problems
+    }
+
+    /// A field of a node; flannel's annotations by the part of their name that follows the overlay's prefix.
+    fn place(&self, name: &str, field: &str) -> String {
+        match field {
+            BACKEND_DATA | PUBLIC_IP => {
+                format!("Node {name}, annotation {}{field}", self.overlay.annotation_prefix)
+            }
+            _ => format!("Node {name}, {field}"),
+        }
     }
 
     /// Addresses of a VTEP whose packets count as another node's.
     fn shared_sources(&self, name: &Arc<str>, facts: &NodeFacts) -> Vec<Problem> {
         self.claims(name, facts)
             .into_iter()
-            .filter_map(|(_, address)| {
+            .filter_map(|(claim, address)| {
                 let owner = self.source(address).filter(|owner| owner != name)?;
-                Some(Problem::warning(
-                    format!("Node {name}"),
-                    format!("has address {address}, which counts as Node {owner}'s outer source"),
+                let origin = source(&self.facts(&owner)?.origin);
+                let problem = Problem::warning(
+                    match claim {
+                        SourceClaim::Endpoint => self.place(name, PUBLIC_IP),
+                        SourceClaim::NodeAddress => self.place(name, "status.addresses"),
+                        SourceClaim::Configured => {
+                            format!("Overlay {}, extra_sources, node {name}", self.overlay.name)
+                        }
+                    },
+                    format!("{address} counts as the outer source of Node {owner}{origin}"),
                     "packets from there are checked against that node; if the nodes are behind one NAT, set source_check = \"off\"",
-                ))
+                );
+                Some(if claim == SourceClaim::Configured { problem } else { problem.located(&facts.origin) })
             })
             .collect()
     }
@@ -319,40 +341,19 @@ fn take<K: std::hash::Hash + Eq, V: Ord>(map: &mut HashMap<K, BTreeSet<V>>, key:
     }
 }
 
-/// What two nodes both claim.
-struct Clash<'a> {
-    mac: Option<Mac>,
-    endpoint: Option<Ipv4Addr>,
-    cidrs: Option<(&'a Ipv4Net, &'a Ipv4Net)>,
-}
-
-impl<'a> Clash<'a> {
-    fn between(ours: &'a NodeFacts, theirs: &'a NodeFacts) -> Self {
-        let overlap = ours.cidr.contains(&theirs.cidr) || theirs.cidr.contains(&ours.cidr);
-        Self {
-            mac: (ours.mac == theirs.mac).then_some(ours.mac),
-            endpoint: (ours.endpoint == theirs.endpoint).then_some(ours.endpoint),
-            cidrs: overlap.then_some((&ours.cidr, &theirs.cidr)),
-        }
+/// What two nodes both claim: the field, and a sentence that lacks the other one's name.
+fn clashes(ours: &NodeFacts, theirs: &NodeFacts) -> Vec<(&'static str, String)> {
+    let mut clashes = Vec::new();
+    if ours.mac == theirs.mac {
+        clashes.push((BACKEND_DATA, format!("VtepMAC {} is also that of", ours.mac)));
     }
-}
-
-impl fmt::Display for Clash<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut parts = Vec::new();
-        if let Some(mac) = self.mac {
-            parts.push(format!("VtepMAC {mac} is also that of"));
-        }
-        if let Some(endpoint) = self.endpoint {
-            parts.push(format!("public-ip {endpoint} is also that of"));
-        }
-        if let Some((ours, theirs)) = self.cidrs {
-            parts.push(if ours == theirs {
-                format!("podCIDR {ours} is also that of")
-            } else {
-                format!("podCIDR {ours} overlaps {theirs} of")
-            });
-        }
-        f.write_str(&parts.join(", and "))
+    if ours.endpoint == theirs.endpoint {
+        clashes.push((PUBLIC_IP, format!("public-ip {} is also that of", ours.endpoint)));
     }
+    if ours.cidr == theirs.cidr {
+        clashes.push((POD_CIDR, format!("podCIDR {} is also that of", ours.cidr)));
+    } else if ours.cidr.contains(&theirs.cidr) || theirs.cidr.contains(&ours.cidr) {
+        clashes.push((POD_CIDR, format!("podCIDR {} overlaps {} of", ours.cidr, theirs.cidr)));
+    }
+    clashes
 }

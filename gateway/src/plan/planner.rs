@@ -15,7 +15,7 @@ use crate::{
     cluster::{
         flannel::{NodeSkip, PodFacts, PodReading, PodSkip, read_node},
         model::{Event, Object, ObjectRef, PodRef},
-        problem::Problem,
+        problem::{Origin, Problem},
     },
     config::Overlay,
 };
@@ -107,14 +107,16 @@ impl Planner {
         for address in self.pods.contested() {
             let mut claimants = self.pods.claimants(address);
             let Some((owner, _)) = claimants.next() else { continue };
+            let owner_origin = source(self.pods.origin(owner));
             problems.extend(claimants.map(|(loser, _)| {
                 Problem::error(
                     format!("{loser}, status.podIP"),
                     format!(
-                        "{address} is also that of {owner}, which has precedence (not terminating, newer)"
+                        "{address} is also that of {owner}{owner_origin}, which has precedence (not terminating, newer)"
                     ),
                     "delete the stale Pod if it does not go away by itself",
                 )
+                .located(self.pods.origin(loser))
             }));
         }
         problems.extend(self.misplaced.iter().flat_map(|pod| self.misplacements(pod)));
@@ -139,7 +141,8 @@ impl Planner {
                 let name: Arc<str> = node.metadata.name.as_deref().unwrap_or_default().into();
                 let mut changes = Changes::default();
                 for index in 0..self.nodes.len() {
-                    let reading = read_node(node, &self.overlays[index]).located(origin);
+                    let origin = Some(origin).filter(|origin| !origin.is_empty()).cloned();
+                    let reading = read_node(node, &self.overlays[index]).located(&origin);
                     let touched = self.nodes[index].set(&name, Some(reading));
                     changes.merge(self.update_nodes(index, touched));
                 }
@@ -234,7 +237,10 @@ impl Planner {
     /// The best claim of a pod whose node belongs to the overlay counts; if that node lost against another one, the
     /// address is nowhere.
     fn pod_goal(&self, index: usize, address: Ipv4Addr) -> Option<VtepKey> {
-        if self.overlays[index].subnet.contains(&address) {
+        let overlay = &self.overlays[index];
+        if overlay.subnet.contains(&address)
+            || overlay.network.is_some_and(|network| !network.contains(&address))
+        {
             return None;
         }
         let nodes = &self.nodes[index];
@@ -257,7 +263,7 @@ impl Planner {
     /// What is wrong with a pod's address in view of its node; one for each overlay at most.
     fn misplacements(&self, pod: &PodRef) -> Vec<Problem> {
         let Some(facts) = self.pods.placed(pod) else { return Vec::new() };
-        let PodFacts { address, node, .. } = facts;
+        let PodFacts { address, node, origin, .. } = facts;
         let overlays = self.overlays.iter().zip(&self.nodes);
         overlays
             .filter(|(_, nodes)| nodes.membership(node) == Membership::Vtep)
@@ -270,6 +276,16 @@ impl Planner {
                         "the subnet must not be given to a node: check the allocation of pod CIDRs",
                     ));
                 }
+                if let Some(network) = overlay.network.filter(|network| !network.contains(address)) {
+                    return Some(Problem::error(
+                        place(),
+                        format!(
+                            "{address} is outside of {network}, the network of overlay {:?}",
+                            overlay.name
+                        ),
+                        "widen the overlay's network if the address is the cluster's",
+                    ));
+                }
                 let cidr = nodes.cidr(node).filter(|cidr| !cidr.contains(address))?;
                 Some(Problem::warning(
                     place(),
@@ -277,8 +293,14 @@ impl Planner {
                     "if another network plugin gave the address, the node may not deliver it",
                 ))
             })
+            .map(|problem| problem.located(origin))
             .collect()
     }
+}
+
+/// The file that an object comes from, behind its name.
+pub(super) fn source(origin: &Origin) -> String {
+    origin.as_ref().map(|origin| format!(" ({origin})")).unwrap_or_default()
 }
 
 fn overlay_id(index: usize) -> OverlayId {

@@ -15,7 +15,7 @@ use k8s_openapi::jiff::Timestamp;
 use crate::cluster::{
     flannel::{PodFacts, PodReading, PodSkip},
     model::PodRef,
-    problem::Problem,
+    problem::{Origin, Problem},
 };
 
 /// Order of precedence among pods with the same address.
@@ -93,6 +93,11 @@ impl Pods {
             PodReading::Placed(facts) => Some(facts),
             _ => None,
         }
+    }
+
+    /// Where the source has a pod from.
+    pub(super) fn origin(&self, pod: &PodRef) -> &Origin {
+        self.placed(pod).map_or(&None, |facts| &facts.origin)
     }
 
     /// Addresses that several pods claim.

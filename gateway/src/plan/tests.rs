@@ -362,7 +362,7 @@ fn the_older_node_keeps_its_cidr_and_the_younger_takes_over() {
     let problems = planner.problems();
     assert_eq!(problems.len(), 1, "{problems:#?}");
     assert_eq!(problems[0].severity, Severity::Error);
-    assert_eq!(problems[0].place, "Node a-young");
+    assert_eq!(problems[0].place, "Node a-young, spec.podCIDR");
     assert!(
         problems[0].what.contains("podCIDR 10.244.1.0/24 is also that of Node z-old"),
         "{}",
@@ -437,7 +437,8 @@ fn a_shared_outer_source_is_reported() {
     assert_eq!(planner.desired().sources[&address("172.16.2.77")].node.as_ref(), "n1");
     let problems = planner.problems();
     assert_eq!(problems.len(), 1, "{problems:#?}");
-    assert_eq!((problems[0].severity, problems[0].place.as_str()), (Severity::Warning, "Node n2"));
+    let place = "Node n2, status.addresses";
+    assert_eq!((problems[0].severity, problems[0].place.as_str()), (Severity::Warning, place));
 }
 
 #[test]
@@ -445,6 +446,26 @@ fn a_pod_in_the_gateways_subnet_takes_nobodys_address() {
     let planner = planner([node_text("n1", 1, "10.244.1.0/24").object(), running("p", "n1", "10.244.30.9")]);
     assert!(planner.desired().pods.is_empty());
     assert!(planner.problems()[0].what.contains("the gateway's own subnet"), "{:?}", planner.problems());
+}
+
+/// A pod that claims somebody else's address must not make the gateway answer ARP for it.
+#[test]
+fn a_pod_outside_of_the_network_takes_nobodys_address() {
+    let mut overlays = overlays();
+    overlays.truncate(1);
+    overlays[0].network = Some("10.244.0.0/16".parse().unwrap());
+    let mut planner = Planner::new(&overlays);
+    let node = node_text("n1", 1, "10.244.1.0/24").object();
+    for object in [node, running("good", "n1", "10.244.9.5"), running("bad", "n1", "192.168.1.1")] {
+        planner.apply(&apply(object));
+    }
+    assert_eq!(planner.desired().pods.keys().collect::<Vec<_>>(), [&address("10.244.9.5")]);
+    let problems = planner.problems();
+    let found = problems.iter().find(|problem| problem.place == "Pod default/bad, status.podIP").unwrap();
+    assert!(
+        found.severity == Severity::Error && found.what.contains("outside of 10.244.0.0/16"),
+        "{found:?}"
+    );
 }
 
 /// The size that the design aims for, in an order that makes every pod wait for its node.

@@ -126,12 +126,14 @@ fn pins_are_compared_before_they_are_used() {
 fn one_daemon_for_each_instance() {
     let name = format!("test-lock-{}", std::process::id());
     let lock = InstanceLock::take(&name).unwrap();
-    assert!(InstanceLock::is_held(&name).unwrap());
+    assert_eq!(InstanceLock::holder(&name).unwrap(), Some(std::process::id()));
     let error = InstanceLock::take(&name).unwrap_err().to_string();
     assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
     drop(lock);
-    assert!(!InstanceLock::is_held(&name).unwrap());
-    std::fs::remove_dir_all(run_directory(&name)).unwrap();
+    assert_eq!(InstanceLock::holder(&name).unwrap(), None);
+    assert!(run_directory(&name).join("lock").exists());
+    InstanceLock::take(&name).unwrap().remove().unwrap();
+    assert!(!run_directory(&name).exists());
 }
 
 pub(crate) fn key(node: &str) -> VtepKey {

@@ -11,7 +11,7 @@ use gateway::{
     },
 };
 use gateway_common::wire::Mac;
-use tokio::{sync::mpsc::UnboundedReceiver, time::timeout};
+use tokio::{sync::mpsc::Receiver, time::timeout};
 
 use crate::sandbox::{config, isolated, sh};
 
@@ -21,7 +21,7 @@ const FAR: Path = Path { local: NODE.local, endpoint: Ipv4Addr::new(203, 0, 113,
 struct Rig {
     config: Config,
     underlay: Underlay,
-    events: UnboundedReceiver<Event>,
+    events: Receiver<Event>,
     handle: rtnetlink::Handle,
 }
 

@@ -22,7 +22,8 @@ use super::{
 /// Names the gateway's program when it is not the one that lies beside this.
 pub const PROGRAM_VARIABLE: &str = "GATEWAY_BIN";
 
-const START: Duration = Duration::from_secs(15);
+/// For a machine that is busy with other things, or with a stream at full load.
+const START: Duration = Duration::from_mins(1);
 const READY: Duration = Duration::from_secs(5);
 
 /// A gateway that runs.

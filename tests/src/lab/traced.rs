@@ -7,11 +7,12 @@ use std::{
     fs::File,
     os::unix::process::CommandExt as _,
     process::{Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::{
     sys::{
         ptrace,
@@ -42,7 +43,6 @@ const CHANGING: [(libc::c_long, &str); 16] = [
     (libc::SYS_sendmsg, "sendmsg"),
     (libc::SYS_close, "close"),
 ];
-const POLL: Duration = Duration::from_micros(100);
 
 /// How a traced run came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +71,18 @@ pub fn run_until(host: &Host, command: &[String], last: usize, limit: Duration) 
         }
         let child = command.spawn().with_context(|| format!("cannot run {program}"))?;
         let pid = Pid::from_raw(i32::try_from(child.id())?);
-        let end = trace(pid, last, limit);
+        let (over, is_over) = mpsc::channel::<()>();
+        let end = thread::scope(|scope| {
+            scope.spawn(move || {
+                if is_over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                    // One that has ended meanwhile is still there to be reaped, so nobody else has its number.
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
+            });
+            let end = trace(pid, last);
+            drop(over);
+            end
+        });
         // However tracing ended, nothing of it may live on. Its threads are reaped by their tracer, one by one.
         let _ = kill(pid, Signal::SIGKILL);
         while waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD)).is_ok() {}
@@ -79,9 +90,8 @@ pub fn run_until(host: &Host, command: &[String], last: usize, limit: Duration) 
     })
 }
 
-fn trace(pid: Pid, last: usize, limit: Duration) -> Result<End> {
-    let ours = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD | WaitPidFlag::WNOHANG;
-    let start = Instant::now();
+fn trace(pid: Pid, last: usize) -> Result<End> {
+    let ours = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
     // The stop at the end of exec.
     waitpid(pid, Some(WaitPidFlag::__WALL)).context("cannot wait for the traced program")?;
     let options = ptrace::Options::PTRACE_O_TRACECLONE
@@ -90,15 +100,8 @@ fn trace(pid: Pid, last: usize, limit: Duration) -> Result<End> {
     ptrace::setoptions(pid, options).context("cannot trace")?;
     ptrace::syscall(pid, None).context("cannot trace")?;
     let mut calls = 0;
-    while start.elapsed() < limit {
-        let status = match waitpid(None, Some(ours)) {
-            Ok(WaitStatus::StillAlive) => {
-                thread::sleep(POLL);
-                continue;
-            }
-            Ok(status) => status,
-            Err(errno) => bail!("cannot wait for the traced program: {errno}"),
-        };
+    loop {
+        let status = waitpid(None, Some(ours)).context("cannot wait for the traced program")?;
         let (stopped, signal) = match status {
             WaitStatus::PtraceSyscall(thread) => {
                 if let Some(name) = entering(thread) {

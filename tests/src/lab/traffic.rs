@@ -1,6 +1,7 @@
 //! Traffic that people know: ping, iperf3, HTTP; with results as values.
 
 use std::{
+    fmt,
     io::{BufRead, BufReader, Write},
     net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
     os::fd::AsRawFd,
@@ -16,7 +17,12 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::socket;
 use serde_json::Value;
 
-use super::{host::Host, process::Process, wait_until};
+use super::{
+    flannel::{Flannel, NIC},
+    host::Host,
+    process::Process,
+    wait_until,
+};
 
 /// Result of pings.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -190,7 +196,7 @@ fn answer(mut stream: &TcpStream, name: &str) -> Result<()> {
     while reader.read_line(&mut line)? > 2 {
         line.clear();
     }
-    let body = format!("hello from {name}, you are {}\n", stream.peer_addr()?.ip());
+    let body = greeting(name, stream.peer_addr()?.ip());
     write!(
         stream,
         "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
@@ -203,6 +209,35 @@ fn answer(mut stream: &TcpStream, name: &str) -> Result<()> {
 pub fn fetch(from: &Host, address: Ipv4Addr, port: u16) -> Result<String> {
     let url = format!("http://{address}:{port}/");
     from.run(&["curl", "--silent", "--show-error", "--fail", "--max-time", "3", &url])
+}
+
+/// Each client with a pod of its own on every node: pings and TCP in both directions, and a web page.
+///
+/// # Errors
+///
+/// The first thing that does not work.
+pub fn exchange(lab: &Flannel) -> Result<()> {
+    for node in lab.nodes() {
+        for number in [1, 2] {
+            let (client, pod) = (lab.client(number), lab.pod(node, number));
+            let (client_address, pod_address) = (client.address(NIC)?, node.pod_address(number));
+            for (from, to, address) in [(client, pod, pod_address), (pod, client, client_address)] {
+                let pings = ping(from, address, 5, &[])?;
+                ensure!(pings.received == 5, "{} to {address}: {pings:?}", from.name());
+                let tcp = iperf(from, to, address, Transport::Tcp, &[])?;
+                ensure!(tcp.bits > 50e6, "{} to {}: {tcp:?}", from.name(), to.name());
+            }
+            let _server = WebServer::start(pod, 8080)?;
+            let (body, expected) = (fetch(client, pod_address, 8080)?, greeting(pod.name(), client_address));
+            ensure!(body == expected, "{} answers {body:?} instead of {expected:?}", pod.name());
+        }
+    }
+    Ok(())
+}
+
+/// What a [`WebServer`] tells its client.
+fn greeting(server: &str, client: impl fmt::Display) -> String {
+    format!("hello from {server}, you are {client}\n")
 }
 
 #[cfg(test)]

@@ -63,7 +63,7 @@ impl Churn {
         for (number, last) in last.into_iter().take(PODS_PER_FILE).enumerate() {
             let name = format!("churn{file}-{number}");
             let node = format!("churn{}", self.random.random_range(0..NODES));
-            let pod = Pod { node, address: Ipv4Addr::new(10, 245, file, last) };
+            let pod = Pod { node, address: Ipv4Addr::new(10, 244, 200 + file, last) };
             objects.push(self.cluster.pod_object(&name, &pod));
             self.changes += usize::from(self.cluster.pods.insert(name, pod.clone()) != Some(pod));
         }
@@ -73,7 +73,7 @@ impl Churn {
 
 /// Moves a pod of its own between two nodes, and takes the time until the table follows.
 fn measure(cluster: &Cluster, probe: &Probe, over: &AtomicBool) -> Vec<Duration> {
-    let address = Ipv4Addr::new(10, 246, 0, 1);
+    let address = Ipv4Addr::new(10, 244, 250, 1);
     let mut times = Vec::new();
     for node in ["node1", "node2"].iter().cycle() {
         if over.load(Ordering::Relaxed) {

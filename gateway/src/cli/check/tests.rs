@@ -52,7 +52,8 @@ fn manifests_are_planned() {
     let levels: Vec<Level> = findings.iter().map(|finding| finding.level).collect();
     assert_eq!(levels, [Level::Fail, Level::Fail, Level::Ok, Level::Warn], "{findings:#?}");
     assert!(findings[0].subject.contains("a.yaml, document 3"), "{findings:#?}");
-    assert_eq!(findings[1].subject, "Node n2");
+    assert_eq!(findings[1].subject, "a.yaml, document 2, Node n2, spec.podCIDR");
+    assert!(findings[1].what.contains("of Node n1 (a.yaml, document 1)"), "{findings:#?}");
     assert_eq!(findings[2].what, "VTEPs: 1, pods: 0, pod CIDRs: 1");
     assert!(findings[3].what.contains("announces this gateway (172.16.2.200, 0e:11:22:33:44:55)"));
 

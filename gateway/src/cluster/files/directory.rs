@@ -5,7 +5,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io::{self, Read},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -181,7 +181,7 @@ impl Directory {
         } else {
             Manifest::from_yaml(name, text)
         };
-        let Manifest { objects, broken, problems, complete, ignored } = manifest;
+        let Manifest { objects, broken, problems, complete, ignored, .. } = manifest;
         let held: BTreeSet<ObjectRef> = objects.keys().cloned().collect();
         // What is broken, or cut off, goes on as it was.
         let (kept, dropped): (BTreeSet<ObjectRef>, BTreeSet<ObjectRef>) = std::mem::take(&mut state.objects)
@@ -308,8 +308,9 @@ fn read(
     unsettled: &mut Option<Instant>,
 ) -> io::Result<Found> {
     let metadata = fs::metadata(path)?;
+    let irregular = || io::Error::other("it is not a regular file");
     if !metadata.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
+        return Err(irregular());
     }
     if Some(Stamp::of(&metadata)) == known {
         return Ok(Found::Same);
@@ -324,9 +325,13 @@ fn read(
         return Ok(Found::Unsettled);
     }
     *unsettled = None;
-    let file = File::open(path)?;
-    // Of the open file: its name may mean another one by now, and the next look will see that.
-    let stamp = Stamp::of(&file.metadata()?);
+    // Its name may mean another file by now, even one whose opening would wait for somebody to write to it.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(irregular());
+    }
+    let stamp = Stamp::of(&metadata);
     let mut text = Vec::new();
     file.take(MAX_FILE_BYTES + 1).read_to_end(&mut text)?;
     if text.len() as u64 > MAX_FILE_BYTES {

@@ -21,8 +21,9 @@ use crate::cluster::{
 };
 
 /// What a file says.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Manifest {
+    file: Arc<str>,
     /// Its objects; the first one if it names one twice.
     pub(super) objects: BTreeMap<ObjectRef, Arc<Object>>,
     /// Objects that are there but cannot be read.
@@ -49,7 +50,7 @@ type Fields = &'static [(&'static str, &'static [&'static str])];
 
 impl Manifest {
     /// Reads YAML: one or several documents.
-    pub(super) fn from_yaml(file: &str, text: &[u8]) -> Self {
+    pub(super) fn from_yaml(file: &Arc<str>, text: &[u8]) -> Self {
         let options = serde_saphyr::options! {
             budget: serde_saphyr::budget! {
                 // An event takes at least a byte of text, so honest files never meet these; what makes much out of
@@ -69,13 +70,20 @@ impl Manifest {
     }
 
     /// Reads JSON: one value, or several in a row.
-    pub(super) fn from_json(file: &str, text: &[u8]) -> Self {
+    pub(super) fn from_json(file: &Arc<str>, text: &[u8]) -> Self {
         let documents = serde_json::Deserializer::from_slice(text).into_iter::<Document>();
         Self::collect(file, documents.map(|document| document.map_err(|error| error.to_string())))
     }
 
-    fn collect(file: &str, documents: impl Iterator<Item = Result<Document, String>>) -> Self {
-        let mut manifest = Self { complete: true, ..Self::default() };
+    fn collect(file: &Arc<str>, documents: impl Iterator<Item = Result<Document, String>>) -> Self {
+        let mut manifest = Self {
+            file: file.clone(),
+            objects: BTreeMap::new(),
+            broken: BTreeSet::new(),
+            problems: Vec::new(),
+            complete: true,
+            ignored: 0,
+        };
         let mut count = 0;
         for document in documents {
             count += 1;
@@ -98,7 +106,7 @@ impl Manifest {
             // A file that an editor has just truncated looks like this.
             manifest.complete = false;
             manifest.problems.push(Problem::error(
-                file,
+                file.as_ref(),
                 "is empty",
                 "remove the file to remove its objects, or write a List without items; until then what it said before stays in force",
             ));
@@ -206,7 +214,9 @@ impl Manifest {
             Ok(mut object) => {
                 match &mut object {
                     Object::Node(_, origin) => *origin = place.into(),
-                    Object::Pod(_, PodReading::Rejected(problem)) => problem.locate(place),
+                    Object::Pod(_, PodReading::Rejected(problem)) => problem.locate(&Some(place.into())),
+                    // There are many, so all of a file share its name.
+                    Object::Pod(_, PodReading::Placed(facts)) => facts.origin = Some(self.file.clone()),
                     Object::Pod(..) => {}
                 }
                 self.objects.insert(reference, Arc::new(object));

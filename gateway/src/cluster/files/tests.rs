@@ -281,6 +281,28 @@ fn an_unreadable_file_or_directory_keeps_what_it_said() {
 }
 
 /// Nine levels of nine aliases: 9^9 nodes if it were expanded.
+/// Whatever else lies there costs a line among the problems, and never a wait.
+#[test]
+fn special_files_are_told_and_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::write(at("good.yaml"), node("n1")).unwrap();
+    nix::unistd::mkfifo(&at("fifo.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    symlink("/dev/zero", at("device.yaml")).unwrap();
+    symlink("loop.yaml", at("loop.yaml")).unwrap();
+    symlink("nowhere", at("dangling.json")).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(at("socket.yaml")).unwrap();
+    fs::create_dir(at("directory.yaml")).unwrap();
+    fs::write(at("\u{202e}\u{1b}[31m.yaml"), "[").unwrap();
+    let problems = ProblemList::default();
+    let look = Directory::new(directory.path(), problems.clone(), Duration::ZERO).rescan().unwrap();
+    assert_eq!(look.events.iter().map(describe).collect::<Vec<_>>(), ["+Node n1"]);
+    let places: Vec<String> = problems.all().into_iter().map(|problem| problem.place).collect();
+    let expected = ["dangling.json", "device.yaml", "fifo.yaml", "loop.yaml", "socket.yaml"];
+    assert_eq!(places[..5], expected, "{places:?}");
+    assert_eq!(places.len(), 6);
+}
+
 #[test]
 fn an_alias_bomb_is_refused() {
     let mut text = String::from("a0: &a0 [x,x,x,x,x,x,x,x,x]\n");

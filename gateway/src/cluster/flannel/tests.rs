@@ -90,6 +90,7 @@ fn facts() -> NodeFacts {
         mac: Mac::new([0x76, 0x5d, 0xef, 0xee, 0xc6, 0x86]),
         cidr: "10.244.1.0/24".parse().unwrap(),
         addresses: vec![Ipv4Addr::new(10, 0, 0, 11), Ipv4Addr::new(198, 51, 100, 11)],
+        origin: None,
     }
 }
 
@@ -190,20 +191,24 @@ fn another_prefix_is_another_flannel() {
 }
 
 #[test]
-fn an_unexpected_vni_or_network_is_a_warning() {
-    let NodeReading::Vtep(read, warnings) =
-        read_node(&node(), &overlay("vni = 2\nnetwork = \"10.244.16.0/20\""))
-    else {
+fn an_unexpected_vni_is_a_warning() {
+    let NodeReading::Vtep(read, warnings) = read_node(&node(), &overlay("vni = 2")) else {
         panic!("programmed nevertheless, as flannel's nodes do")
     };
     assert_eq!(read, facts());
-    assert_eq!(warnings.len(), 2, "{warnings:#?}");
-    assert!(warnings.iter().all(|warning| warning.severity == Severity::Warning));
-    assert!(
-        warnings[0].what.contains("says VNI 1, but overlay \"flannel\" has VNI 2"),
-        "{}",
-        warnings[0].what
-    );
+    assert_eq!(warnings.len(), 1, "{warnings:#?}");
+    assert_eq!(warnings[0].severity, Severity::Warning);
+    assert!(warnings[0].what.contains("says VNI 1, but overlay \"flannel\" has VNI 2"), "{warnings:#?}");
+}
+
+/// Or the gateway would answer ARP for whatever a Node claims.
+#[test]
+fn the_network_bounds_what_a_node_can_take() {
+    let NodeReading::Rejected(problems) = read_node(&node(), &overlay("network = \"10.244.16.0/20\"")) else {
+        panic!("outside of the network")
+    };
+    assert_eq!(problems.len(), 1, "{problems:#?}");
+    assert!(problems[0].what.contains("10.244.1.0/24 is outside of 10.244.16.0/20"), "{problems:#?}");
 }
 
 #[rstest]
@@ -278,6 +283,7 @@ fn placed(address: [u8; 4]) -> PodReading {
         terminating: false,
         node: "node-1".into(),
         address: address.into(),
+        origin: None,
     })
 }
 
