@@ -247,10 +247,8 @@ fn read_rule(mut section: Section<'_>, report: &Report<'_>) -> RuleDraft {
     let clients = read_or(&mut section, "clients", PREFIX, Ipv4Net::default());
     let destinations = read_or(&mut section, "destinations", PREFIX, Ipv4Net::default());
     let choices = "write pool = \"<name>\", action = \"automap\" or action = \"route\"";
-    let (pool, action) = (
-        read_optional(&mut section, "pool", POOL_NAME),
-        read_optional(&mut section, "action", ACTION),
-    );
+    let (pool, action) =
+        (read_optional(&mut section, "pool", POOL_NAME), read_optional(&mut section, "action", ACTION));
     let wish = match (pool, action) {
         (Optional::Given(pool), Optional::Given(_)) => {
             pool.note(report, "is there together with an action", "write one of the two");
@@ -471,7 +469,10 @@ impl SnatDraft {
             let Some(address) = chosen.or_else(|| last_host(subnet.value, own)) else {
                 subnet.note(
                     report,
-                    format!("{} has no address for clients from outside (snat.mode is \"automap\")", subnet.value),
+                    format!(
+                        "{} has no address for clients from outside (snat.mode is \"automap\")",
+                        subnet.value
+                    ),
                     "choose a larger subnet, or set mode = \"none\" under [snat]",
                 );
                 return None;
@@ -502,7 +503,8 @@ impl SnatDraft {
         let Wish::Pool(name) = wish else { return };
         let Some(pool) = pools.iter().find(|pool| pool.name == *name) else { return };
         let at = self.default_pool.given().map(|name| (name.at, name.key.as_str()));
-        let Some((at, key)) = at.or_else(|| self.mode.as_ref().map(|mode| (mode.at, mode.key.as_str()))) else {
+        let Some((at, key)) = at.or_else(|| self.mode.as_ref().map(|mode| (mode.at, mode.key.as_str())))
+        else {
             return;
         };
         for (overlay, subnet) in overlays.iter().zip(subnets) {
@@ -573,7 +575,11 @@ fn within_pools(report: &Report<'_>, pools: &[PoolDraft], overlays: &[OverlayDra
         let name = pool.name.as_ref().map_or("", |name| name.value.as_str());
         if let Some(place) = &pool.name {
             if names.insert(name, pool.at).is_some() {
-                place.note(report, format!("{name:?} is the name of another pool"), "give each pool its own name");
+                place.note(
+                    report,
+                    format!("{name:?} is the name of another pool"),
+                    "give each pool its own name",
+                );
             } else if name == AUTOMAP {
                 place.note(report, "is taken", "automap is a pool by itself: choose another name");
             }
@@ -608,7 +614,8 @@ fn within_pools(report: &Report<'_>, pools: &[PoolDraft], overlays: &[OverlayDra
             }
         }
     }
-    let count: usize = pools.iter().filter_map(|pool| pool.addresses.as_ref()).flatten().map(|e| e.value.len()).sum();
+    let count: usize =
+        pools.iter().filter_map(|pool| pool.addresses.as_ref()).flatten().map(|e| e.value.len()).sum();
     if count > MAX_SNAT_ADDRESSES
         && let Some(last) = pools.last()
     {
@@ -650,7 +657,10 @@ fn alive(
         report.note(
             draft.at,
             draft.key.as_str(),
-            format!("the rule can never match: clients in {} are always routed without translation", rule.clients),
+            format!(
+                "the rule can never match: clients in {} are always routed without translation",
+                rule.clients
+            ),
             "remove it",
         );
     } else if own.iter().all(|subnet| at_home(subnet) || covered(subnet)) {
@@ -697,7 +707,9 @@ fn routable(report: &Report<'_>, draft: &RuleDraft, rule: &SnatRule, overlays: &
     for overlay in overlays {
         let network = overlay.network.given().map(|network| (network.value, "the pod network"));
         let subnet = overlay.subnet.as_ref().map(|subnet| (subnet.value, "the gateway's own subnet"));
-        if let Some((net, what)) = network.into_iter().chain(subnet).find(|(net, _)| overlap(*net, rule.clients)) {
+        if let Some((net, what)) =
+            network.into_iter().chain(subnet).find(|(net, _)| overlap(*net, rule.clients))
+        {
             let (at, key) = draft
                 .clients
                 .as_ref()
@@ -715,8 +727,11 @@ fn routable(report: &Report<'_>, draft: &RuleDraft, rule: &SnatRule, overlays: &
 
 /// What the program has room for.
 fn fits(report: &Report<'_>, snat: &Snat, mode: &Located<Mode>, subnets: &[Ipv4Net]) {
-    let rows: usize =
-        snat.rules.iter().map(|rule| subnets.iter().filter(|subnet| snat.applies(rule, **subnet)).count()).sum();
+    let rows: usize = snat
+        .rules
+        .iter()
+        .map(|rule| subnets.iter().filter(|subnet| snat.applies(rule, **subnet)).count())
+        .sum();
     if rows > MAX_SNAT_RULES {
         mode.note(
             report,

@@ -426,8 +426,11 @@ fn pools_rules_and_timeouts_are_read() {
     let pools: Vec<_> = snat.pools.iter().map(|pool| (pool.name.as_str(), pool.addresses.len())).collect();
     assert_eq!(pools, [("web", 5), ("block", 16)]);
     assert_eq!(snat.pools[0].addresses[4], Ipv4Addr::new(10, 244, 30, 40));
-    let rules: Vec<_> =
-        snat.rules.iter().map(|rule| (rule.clients.to_string(), rule.destinations.to_string(), rule.action)).collect();
+    let rules: Vec<_> = snat
+        .rules
+        .iter()
+        .map(|rule| (rule.clients.to_string(), rule.destinations.to_string(), rule.action))
+        .collect();
     let any = || "0.0.0.0/0".to_owned();
     assert_eq!(
         rules,
@@ -469,7 +472,11 @@ fn automap_takes_the_last_address_that_is_free() {
 #[case::reserved_name("block", "automap", "automap is a pool by itself")]
 #[case::no_action("pool = \"block\"\n[[snat.rule]]", "[[snat.rule]]", "snat.rule[0].action: is missing")]
 #[case::two_actions("action = \"route\"", "action = \"route\"\npool = \"web\"", "write one of the two")]
-#[case::shadowed("198.51.100.0/24\"\naction = \"route\"", "192.0.2.0/26\"\ndestinations = \"10.244.1.128/25\"\npool = \"web\"", "can never match: earlier ones")]
+#[case::shadowed(
+    "198.51.100.0/24\"\naction = \"route\"",
+    "192.0.2.0/26\"\ndestinations = \"10.244.1.128/25\"\npool = \"web\"",
+    "can never match: earlier ones"
+)]
 #[case::at_home("192.0.2.0/25", "10.244.30.0/25", "clients in 10.244.30.0/25 are always routed")]
 #[case::route_everybody("clients = \"198.51.100.0/24\"\n", "", "routes without translation")]
 #[case::route_the_subnet("198.51.100.0/24", "10.244.0.0/16", "the gateway's own subnet")]

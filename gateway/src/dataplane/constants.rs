@@ -8,7 +8,8 @@ use std::{
 use bytemuck::Zeroable;
 use gateway_common::{
     abi::{
-        self, MAX_OVERLAYS, MAX_PORTS, MAX_SNAT_ADDRESSES, MAX_SNAT_RULES, MAX_VLANS, OverlayFlags, Port, VlanPort,
+        self, MAX_OVERLAYS, MAX_PORTS, MAX_SNAT_ADDRESSES, MAX_SNAT_RULES, MAX_VLANS, OverlayFlags, Port,
+        VlanPort,
     },
     wire::{Be16, Ipv4},
 };
@@ -43,7 +44,9 @@ pub enum TooMany {
     )]
     SnatRules(usize),
     /// SNAT addresses.
-    #[error("{0} SNAT addresses are configured, but at most {MAX_SNAT_ADDRESSES} fit: make the pools smaller")]
+    #[error(
+        "{0} SNAT addresses are configured, but at most {MAX_SNAT_ADDRESSES} fit: make the pools smaller"
+    )]
     SnatAddresses(usize),
 }
 
@@ -81,8 +84,8 @@ pub fn constants(
             Some(vlan) => vlans.push(VlanPort { vlan, roles: interface.roles }),
         }
     }
-    constants.vlan_count = fill(&mut constants.vlans, &vlans)
-        .ok_or_else(|| TooMany::Vlans(vlans.len(), link.name.clone()))?;
+    constants.vlan_count =
+        fill(&mut constants.vlans, &vlans).ok_or_else(|| TooMany::Vlans(vlans.len(), link.name.clone()))?;
     Ok(constants)
 }
 
@@ -354,7 +357,8 @@ action = "route"
             xdp: crate::kernel::host::XdpState::default(),
         };
         host.links.insert(9, link(9, "eth1", 70_000));
-        let sessions = Sessions { slots: 5, draining: [address("10.244.30.99"), address("10.244.99.1")].into() };
+        let sessions =
+            Sessions { slots: 5, draining: [address("10.244.30.99"), address("10.244.99.1")].into() };
         let found = constants(&config, &host, &host.links[&9], &sessions).unwrap();
         assert_eq!((found.port, found.session_slots), (1, 5));
         assert_eq!(found.ports[0], Port::default(), "an absent device keeps its place");
@@ -364,7 +368,11 @@ action = "route"
             let ends = [overlay.snat_first, overlay.snat_first + overlay.snat_span.saturating_sub(1)];
             ends.map(|number| Ipv4Addr::from(number).to_string())
         };
-        assert_eq!(range(&found.overlays[0]), ["10.244.30.16", "10.244.30.99"], "what drains is in the range");
+        assert_eq!(
+            range(&found.overlays[0]),
+            ["10.244.30.16", "10.244.30.99"],
+            "what drains is in the range"
+        );
         assert_eq!(range(&found.overlays[1]), ["10.245.30.16", "10.245.30.16"]);
         assert_eq!(found.timeouts, abi::Timeouts::DEFAULT);
     }

@@ -189,7 +189,10 @@ impl Loaded {
     }
 
     fn program(&mut self) -> Result<&mut Xdp, LoadError> {
-        self.ebpf.program_mut(PROGRAM).and_then(|program| program.try_into().ok()).ok_or(LoadError::NoProgram(PROGRAM))
+        self.ebpf
+            .program_mut(PROGRAM)
+            .and_then(|program| program.try_into().ok())
+            .ok_or(LoadError::NoProgram(PROGRAM))
     }
 }
 
@@ -494,7 +497,10 @@ fn slots(pins: &Pins, wanted: u32) -> Result<u32, LoadError> {
 fn report(merged: Merged, what: &str) {
     let Merged { added, updated, lost } = merged;
     if lost > 0 {
-        warn!(added, updated, lost, "{what}; those that are lost had no room, or their ports were given away");
+        warn!(
+            added,
+            updated, lost, "{what}; those that are lost had no room, or their ports were given away"
+        );
     } else {
         info!(added, updated, "{what}");
     }

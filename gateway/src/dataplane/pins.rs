@@ -430,8 +430,8 @@ impl Pins {
             let Some(name) = path.file_name() else { continue };
             let twin = staging.join(name);
             if !twin.exists() {
-                let data =
-                    MapData::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
+                let data = MapData::from_pin(&path)
+                    .map_err(|source| PinError::Map { path: path.clone(), source })?;
                 data.pin(&twin).map_err(|error| PinError::Io {
                     verb: "pin",
                     path: twin,

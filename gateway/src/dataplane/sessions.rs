@@ -81,7 +81,6 @@ impl SessionTables {
         self.each(|_, _| count += 1)?;
         Ok(count)
     }
-
 }
 
 /// What became of sessions since the tables were made.

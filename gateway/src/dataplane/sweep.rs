@@ -13,7 +13,9 @@ use gateway_common::abi::{ReverseKey, SWEEP_CAPACITY, SWEEP_PROGRAM, Sweep, Swee
 
 /// Sessions cannot be removed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot run the program {SWEEP_PROGRAM}: {0} (root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, is needed)")]
+#[error(
+    "cannot run the program {SWEEP_PROGRAM}: {0} (root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, is needed)"
+)]
 pub struct SweepError(#[from] ProgramError);
 
 /// The loaded program, on the pinned tables; see [`Loader::sweeper`](super::load::Loader::sweeper).

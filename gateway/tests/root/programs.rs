@@ -45,7 +45,10 @@ fn an_attachment_outlives_the_daemon_and_is_swapped() {
         let before = link("und").await;
         assert_eq!(before.xdp.mode, Some(AttachMode::Driver));
         assert!(before.xdp.program.is_some());
-        assert!(first.is_current(&before, &constants(&config, &Host::default(), &before, &Sessions::default()).unwrap()));
+        assert!(first.is_current(
+            &before,
+            &constants(&config, &Host::default(), &before, &Sessions::default()).unwrap()
+        ));
         drop(first);
         assert_eq!(link("und").await.xdp, before.xdp, "nobody detaches when the daemon ends");
 

@@ -3,8 +3,8 @@
 use std::{net::Ipv4Addr, path::Path, process::Command};
 
 use gateway::config::{
-    Config, Datapath, DatapathLog, DontFragment, HostSettings, Interface, Overlay, Snat, SnatAction, SnatPool,
-    SnatRule, Source, SourceCheck, XdpMode,
+    Config, Datapath, DatapathLog, DontFragment, HostSettings, Interface, Overlay, Snat, SnatAction,
+    SnatPool, SnatRule, Source, SourceCheck, XdpMode,
 };
 use gateway_common::{
     abi::{Roles, Timeouts},

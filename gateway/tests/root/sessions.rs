@@ -99,11 +99,13 @@ fn check(tables: &SessionTables, expected: &[u16]) {
     ports.sort_unstable();
     assert_eq!(ports, expected);
     let mut forward = 0;
-    tables.forward.each_batch(|keys, _| {
-        forward += keys.len();
-        Ok::<_, gateway::dataplane::tables::TableError>(())
-    })
-    .unwrap();
+    tables
+        .forward
+        .each_batch(|keys, _| {
+            forward += keys.len();
+            Ok::<_, gateway::dataplane::tables::TableError>(())
+        })
+        .unwrap();
     assert_eq!(forward, expected.len());
 }
 
@@ -144,7 +146,10 @@ fn sessions_move_to_another_size_while_they_change() {
         let later = now() + ticks(1);
         let closed_by = |tables: &SessionTables, flag, seen| {
             let entry = tables.reverse.get(&stays).unwrap().unwrap();
-            tables.reverse.replace(&stays, &Reverse { state: entry.state.with(flag), seen, ..entry }).unwrap();
+            tables
+                .reverse
+                .replace(&stays, &Reverse { state: entry.state.with(flag), seen, ..entry })
+                .unwrap();
         };
         closed_by(&old, State::FIN_CLIENT, later);
         closed_by(&new, State::FIN_POD, later - 1);

@@ -20,8 +20,8 @@ use nix::{
     ifaddrs::getifaddrs,
     sys::{
         socket::{
-            AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrLike, bind, connect, sendto,
-            setsockopt, socket, sockopt,
+            AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrLike, bind, connect,
+            sendto, setsockopt, socket, sockopt,
         },
         time::{TimeVal, TimeValLike as _},
     },

@@ -126,9 +126,7 @@ impl Watch {
             format!("({field} & {mask:#x} = {network:#x})")
         };
         let udp = |offset: u8| format!("udp[{offset}:4]");
-        let foreign = |offset: u8| {
-            [GUESTS, REMOTES].map(|net| within(&udp(offset), net)).join(" or ")
-        };
+        let foreign = |offset: u8| [GUESTS, REMOTES].map(|net| within(&udp(offset), net)).join(" or ");
         let own = within(&udp(INNER_SOURCE), GATEWAY_SUBNET);
         let error = format!(
             "udp[{INNER_PROTOCOL}] = 1 and (udp[{INNER_ICMP}] = 3 or udp[{INNER_ICMP}] = 11) and ({} or {})",
@@ -144,7 +142,8 @@ impl Watch {
         let inside = format!("(({tunnel}) or net {GUESTS} or net {REMOTES})");
 
         let numbers: Vec<u32> = addresses.iter().map(|address| u32::from(*address)).collect();
-        let hosts = addresses.iter().map(|address| format!("host {address}")).collect::<Vec<_>>().join(" or ");
+        let hosts =
+            addresses.iter().map(|address| format!("host {address}")).collect::<Vec<_>>().join(" or ");
         let quoted = numbers
             .iter()
             .flat_map(|number| [20, 24].map(|offset| format!("icmp[{offset}:4] = {number:#x}")))

@@ -41,7 +41,8 @@ pub(crate) struct Content {
 
 impl Content {
     fn of_model(sessions: &HostSessions) -> Self {
-        let used = |(&index, &key): (&u32, &ReverseKey)| (key != ReverseKey::default()).then_some((index, key));
+        let used =
+            |(&index, &key): (&u32, &ReverseKey)| (key != ReverseKey::default()).then_some((index, key));
         Self {
             forward: sessions.forward.borrow().iter().map(|(&key, entry)| (key, entry.get())).collect(),
             reverse: sessions.reverse.borrow().iter().map(|(&key, entry)| (key, entry.get())).collect(),
@@ -136,7 +137,8 @@ impl Mirror {
         let before = now();
         let (returned, program) = self.subject.run(frame);
         let after = now();
-        let agrees = |(verdict, engine): &(Verdict, Vec<u8>)| returned == returned_for(*verdict) && program == *engine;
+        let agrees =
+            |(verdict, engine): &(Verdict, Vec<u8>)| returned == returned_for(*verdict) && program == *engine;
         let (verdict, engine) = self.at_one_of(before, after, |tables| tables.run(frame), agrees);
         let outcome = verdict.info().expect("a verdict has an outcome").outcome;
         // Looked up under the outcome that the engine gives it; nothing may be counted elsewhere.
@@ -253,7 +255,8 @@ impl Mirror {
         let (content, counters) = (Content::of_model(self.sessions()), self.tables.counters.borrow().clone());
         self.sessions().now.set(now());
         self.tables.run(frame);
-        let opened = self.sessions().reverse.borrow().keys().find(|key| !content.reverse.contains_key(key)).copied();
+        let opened =
+            self.sessions().reverse.borrow().keys().find(|key| !content.reverse.contains_key(key)).copied();
         content.restore(self.sessions());
         self.tables.counters.replace(counters);
         opened

@@ -16,7 +16,8 @@ use etherparse::{
 };
 use gateway_common::{
     abi::{
-        Class, LastHop, Outcome, Phase, Reverse, ReverseKey, Route, SWEEP_CAPACITY, SessionEvent, State, SweepMode, ticks,
+        Class, LastHop, Outcome, Phase, Reverse, ReverseKey, Route, SWEEP_CAPACITY, SessionEvent, State,
+        SweepMode, ticks,
     },
     checksum::Sum,
     wire::{Be16, Ipv4, Mac},
@@ -31,7 +32,8 @@ use crate::{
     packet::{ACK, Address, FIN, ICMP, Ip, Link, RST, SYN, TCP, UDP},
     rig::{self, CLIENT},
     world::{
-        self, CILIUM, DIRECT, DRAINED, PLAIN, POOLED, SNAT, STRANGER, TAGGED, TRUSTED, VLAN_EXTERNAL, World, key, pod,
+        self, CILIUM, DIRECT, DRAINED, PLAIN, POOLED, SNAT, STRANGER, TAGGED, TRUSTED, VLAN_EXTERNAL, World,
+        key, pod,
     },
 };
 
@@ -119,7 +121,8 @@ fn variants(world: &World) -> Vec<(&'static str, World)> {
 
 /// Pods that move: only the exact table knows them.
 const NOMADS: [Address; 2] = [[10, 244, 99, 5], [10, 244, 99, 6]];
-const CLIENTS: [Address; 5] = [world::FOREIGN, [198, 51, 100, 1], [198, 51, 100, 2], [198, 51, 100, 3], POOLED];
+const CLIENTS: [Address; 5] =
+    [world::FOREIGN, [198, 51, 100, 1], [198, 51, 100, 2], [198, 51, 100, 3], POOLED];
 const OTHERS: [Address; 4] = [TRUSTED, STRANGER, CLIENT, [198, 51, 100, 71]];
 const CLIENT_PORTS: [u16; 3] = [40_000, 40_001, 0];
 const POD_PORTS: [u16; 2] = [80, 53];
@@ -248,7 +251,8 @@ impl Sequence<'_> {
     fn connection(&mut self) -> Ip {
         let others = self.random.random_bool(0.1);
         let client = if others { self.pick(&OTHERS) } else { self.pick(&CLIENTS) };
-        let pods = [pod(PLAIN), pod(PLAIN), pod(TAGGED), pod(DIRECT), pod(CILIUM), NOMADS[0], NOMADS[1], NOMADS[0]];
+        let pods =
+            [pod(PLAIN), pod(PLAIN), pod(TAGGED), pod(DIRECT), pod(CILIUM), NOMADS[0], NOMADS[1], NOMADS[0]];
         let to = self.pick(&pods);
         let (port, pod_port) = (self.pick(&CLIENT_PORTS), self.pick(&POD_PORTS));
         let data = self.data();
@@ -339,7 +343,9 @@ impl Sequence<'_> {
             0 => Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port),
             1 => Icmpv4Type::TimeExceeded(TimeExceededCode::TtlExceededInTransit),
             2 => Icmpv4Type::Unknown { type_u8: self.random.random(), code_u8: 0, bytes5to8: [0; 4] },
-            _ => Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: 1400 }),
+            _ => Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded {
+                next_hop_mtu: 1400,
+            }),
         }
     }
 
@@ -451,7 +457,8 @@ impl Sequence<'_> {
         self.mirror.clear();
         let frame = self.world.client_link().ip(&Ip::udp(world::FOREIGN, pod(PLAIN), (40_000, 53), b"crowd"));
         let now = gateway::dataplane::sessions::now();
-        let phases: &[Phase] = if self.random.random() { &[Phase::Live] } else { &[Phase::Live, Phase::Opening] };
+        let phases: &[Phase] =
+            if self.random.random() { &[Phase::Live] } else { &[Phase::Live, Phase::Opening] };
         // More often than it probes.
         for last in 0..17 {
             let Some(key) = self.mirror.would_claim(&frame) else { break };

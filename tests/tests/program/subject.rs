@@ -14,8 +14,8 @@ use aya::{
 use gateway::dataplane::{batch::Map, load::OBJECT};
 use gateway_common::{
     abi::{
-        CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, SWEEP_PROGRAM, SessionEvent, Sweep,
-        Vtep, map,
+        CONFIG_SYMBOL, Counter, OUTCOME_CAPACITY, PROGRAM, PrefixKey, Route, SWEEP_PROGRAM, SessionEvent,
+        Sweep, Vtep, map,
     },
     model::HostTables,
 };
@@ -194,7 +194,11 @@ impl Subject {
     pub(crate) fn events(&self) -> BTreeMap<SessionEvent, u64> {
         let table: PerCpuArray<_, u64> = self.ebpf.map(map::EVENTS).unwrap().try_into().unwrap();
         let count = |event: SessionEvent| table.get(&(event as u32), 0).unwrap().iter().sum();
-        SessionEvent::ALL.map(|(event, _)| (event, count(event))).into_iter().filter(|(_, n)| *n != 0).collect()
+        SessionEvent::ALL
+            .map(|(event, _)| (event, count(event)))
+            .into_iter()
+            .filter(|(_, n)| *n != 0)
+            .collect()
     }
 
     /// Runs the program that removes sessions.

@@ -1,10 +1,6 @@
 //! Many clients, many pods, at the same time.
 
-use std::{
-    net::SocketAddrV4,
-    sync::Barrier,
-    thread,
-};
+use std::{net::SocketAddrV4, sync::Barrier, thread};
 
 use gateway_tests::lab::flannel::Node;
 
@@ -22,8 +18,7 @@ const BODY: usize = 20_000;
 #[test]
 fn a_thousand_connections_at_once() {
     let mut rig = Rig::start("thousand");
-    let pods: Vec<(Node, u8)> =
-        (0..PODS).map(|index| (Node::new(index % 3 + 1), index / 3 + 1)).collect();
+    let pods: Vec<(Node, u8)> = (0..PODS).map(|index| (Node::new(index % 3 + 1), index / 3 + 1)).collect();
     for (node, number) in pods.iter().filter(|(_, number)| *number > 2) {
         rig.lab.add_pod(*node, *number).unwrap();
     }

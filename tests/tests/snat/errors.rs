@@ -30,9 +30,24 @@ fn clients_learn_the_path_to_the_pod() {
     let rig = Rig::start("pmtu-in");
     let output = rig
         .guest()
-        .output(&["ping", "-n", "-c", "2", "-i", "0.2", "-W", "1", "-M", "do", "-s", "1460", &ONE.pod_address(1).to_string()])
+        .output(&[
+            "ping",
+            "-n",
+            "-c",
+            "2",
+            "-i",
+            "0.2",
+            "-W",
+            "1",
+            "-M",
+            "do",
+            "-s",
+            "1460",
+            &ONE.pod_address(1).to_string(),
+        ])
         .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(text.contains("mtu = 1450") || text.contains("mtu=1450"), "{text}");
     let fits = traffic::ping(rig.guest(), ONE.pod_address(1), 3, &["-M", "do", "-s", "1422"]).unwrap();
     assert_eq!(fits.received, 3);
@@ -127,7 +142,13 @@ fn what_cannot_be_translated_is_refused() {
     // SCTP: an INIT.
     let header = etherparse::PacketBuilder::ipv4(GUEST.octets(), pod.octets(), 64);
     let mut packet = Vec::new();
-    header.write(&mut packet, etherparse::IpNumber::SCTP, &[0x0f, 0xa0, 0x0f, 0xa1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 20]).unwrap();
+    header
+        .write(
+            &mut packet,
+            etherparse::IpNumber::SCTP,
+            &[0x0f, 0xa0, 0x0f, 0xa1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 20],
+        )
+        .unwrap();
     let (source, destination) = (rig.guest().mac(NIC).unwrap(), rig.host().mac(EXTERNAL).unwrap());
     rig.guest().inject(NIC, &frames::ethernet(source, destination, frames::IPV4, &packet)).unwrap();
     rig.wait_count(&before, "snat_protocol", 1);

@@ -1,11 +1,6 @@
 //! The lab with clients from outside, a gateway, and a watch over the wires.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    net::Ipv4Addr,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, net::Ipv4Addr, time::Duration};
 
 use gateway_tests::lab::{
     Flannel, Gateway, Host,
@@ -87,7 +82,8 @@ impl Rig {
 
     /// The sessions that `gateway show sessions` prints with these arguments.
     pub(crate) fn sessions(&self, arguments: &[&str]) -> Vec<Value> {
-        let text = self.gateway.text(self.host(), &[&["show", "sessions", "--json"], arguments].concat()).unwrap();
+        let text =
+            self.gateway.text(self.host(), &[&["show", "sessions", "--json"], arguments].concat()).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 

@@ -79,7 +79,8 @@ fn pools_serve_the_clients_and_pods_of_their_rules() {
 /// is not translated.
 #[test]
 fn routed_clients_are_seen_as_they_are_and_the_watch_is_not_blind() {
-    let keys = format!("[snat]\nmode = \"none\"\n[[snat.rule]]\nclients = \"{GUESTS}\"\naction = \"route\"\n");
+    let keys =
+        format!("[snat]\nmode = \"none\"\n[[snat.rule]]\nclients = \"{GUESTS}\"\naction = \"route\"\n");
     let mut rig = Rig::configured("routed", &keys, &[GUEST]);
     let watch = rig.take_watch();
     // What makes the guest's network reachable through the gateway on a node, as a route of the administrator's.
@@ -100,7 +101,10 @@ fn routed_clients_are_seen_as_they_are_and_the_watch_is_not_blind() {
     assert!(rig.since(&before, "client_foreign") > 0);
     assert!(rig.sessions(&[]).is_empty());
     // The kernel answers for routed clients, too.
-    let hops = rig.guest().run(&["traceroute", "-n", "-q", "1", "-w", "1", &ONE.pod_address(1).to_string()]).unwrap();
+    let hops = rig
+        .guest()
+        .run(&["traceroute", "-n", "-q", "1", "-w", "1", &ONE.pod_address(1).to_string()])
+        .unwrap();
     assert!(hops.lines().any(|line| line.contains("192.0.2.1 ")), "{hops}");
 }
 

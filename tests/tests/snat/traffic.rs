@@ -39,9 +39,8 @@ pub(crate) fn pair(rig: &Rig, pod: &Host, address: Ipv4Addr, port: u16, seen: Ip
 /// Streams in both directions of one session.
 pub(crate) fn streams([client, server]: [UdpSocket; 2], rate: u32) -> [Stream; 2] {
     let [up, down] = [(&client, &server), (&server, &client)];
-    [up, down].map(|(from, to)| {
-        Stream::between(from.try_clone().unwrap(), to.try_clone().unwrap(), rate).unwrap()
-    })
+    [up, down]
+        .map(|(from, to)| Stream::between(from.try_clone().unwrap(), to.try_clone().unwrap(), rate).unwrap())
 }
 
 pub(crate) fn assert_complete(name: &str, account: Account) {

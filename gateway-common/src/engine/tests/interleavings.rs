@@ -28,8 +28,8 @@ use loom::{
 use super::fixture::*;
 use crate::{
     abi::{
-        Config, Egress, Forward, ForwardKey, LocalAddress, Outcome, OverlayAddress, Phase, Port, PrefixKey, Reverse,
-        ReverseKey, Route, SessionEvent, SnatRule, State, SweepMode, Ticks, Timeouts, Vtep, ticks,
+        Config, Egress, Forward, ForwardKey, LocalAddress, Outcome, OverlayAddress, Phase, Port, PrefixKey,
+        Reverse, ReverseKey, Route, SessionEvent, SnatRule, State, SweepMode, Ticks, Timeouts, Vtep, ticks,
     },
     engine::{
         Fib, FibQuery, Inserted, Sessions, Tables, process,
@@ -231,14 +231,18 @@ impl Interleaved {
         let (forward, reverse) = (self.forward.content(), self.reverse.content());
         for (key, entry) in &forward {
             let other = entry.reverse_key(key);
-            let session = reverse.get(&other).unwrap_or_else(|| panic!("{key:?} goes to {other:?}, which is nobody's"));
+            let session =
+                reverse.get(&other).unwrap_or_else(|| panic!("{key:?} goes to {other:?}, which is nobody's"));
             assert_eq!(session.forward_key(&other), *key, "{other:?} is somebody else's");
             assert_eq!(entry.tag, key.tag());
         }
         for (key, session) in &reverse {
             let peer = session.forward_key(key);
             assert!(forward.contains_key(&peer), "{key:?} {session:?} has lost {peer:?}");
-            assert!(matches!(session.state.phase(), Phase::Opening | Phase::Live), "{key:?} is left {session:?}");
+            assert!(
+                matches!(session.state.phase(), Phase::Opening | Phase::Live),
+                "{key:?} is left {session:?}"
+            );
             assert_eq!(session.tag, key.tag());
             // Once the hand has gone round, two windows are one, and the later session gets the slot.
             if self.hand.get() <= SLOTS {
@@ -246,7 +250,8 @@ impl Interleaved {
             }
         }
         let count = |event| self.events.borrow().get(&event).copied().unwrap_or(0);
-        let ended = [SessionEvent::Evicted, SessionEvent::Reclaimed, SessionEvent::Expired, SessionEvent::Flushed];
+        let ended =
+            [SessionEvent::Evicted, SessionEvent::Reclaimed, SessionEvent::Expired, SessionEvent::Flushed];
         let living = reverse.len() - self.quiet.borrow().len();
         assert_eq!(
             count(SessionEvent::Opened) as usize,
@@ -422,7 +427,13 @@ const SERVICE: u16 = 80;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 
-fn packet(source: [u8; 4], destination: [u8; 4], ports: (u16, u16), flags: u8, numbers: (u32, u32)) -> Vec<u8> {
+fn packet(
+    source: [u8; 4],
+    destination: [u8; 4],
+    ports: (u16, u16),
+    flags: u8,
+    numbers: (u32, u32),
+) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut tcp = etherparse::TcpHeader::new(ports.0, ports.1, numbers.0, 4096);
     tcp.acknowledgment_number = numbers.1;
@@ -490,7 +501,8 @@ fn two_flows_want_one_port() {
             |tables| assert_eq!(tables.run(&syn(BOB)).0, Outcome::SnatNew),
         ],
         |tables| {
-            let [alice, bob] = [ALICE, BOB].map(|client| tables.session_of(&key_of(client)).expect("a session").0);
+            let [alice, bob] =
+                [ALICE, BOB].map(|client| tables.session_of(&key_of(client)).expect("a session").0);
             assert_ne!(alice, bob);
             assert!(alice == kept() || bob == kept());
         },
@@ -526,10 +538,7 @@ fn eviction_against_removal_and_another_flow_on_the_same_port() {
 fn promotion_against_eviction() {
     in_all_ways(
         || Interleaved::new().after(&[syn(ALICE), syn_ack()]).with_slots_held(1),
-        [
-            |tables| drop(tables.run(&ack(ALICE))),
-            |tables| drop(tables.run(&syn(BOB))),
-        ],
+        [|tables| drop(tables.run(&ack(ALICE))), |tables| drop(tables.run(&syn(BOB)))],
         |tables| {
             let confirmed = tables.events.borrow().contains_key(&SessionEvent::Confirmed);
             let evicted = tables.events.borrow().contains_key(&SessionEvent::Evicted);
@@ -611,7 +620,10 @@ static PROBED: LazyLock<Vec<ReverseKey>> = LazyLock::new(|| {
         let Some(entry) = sessions.forward.borrow_mut().remove(&key_of(BOB)) else { break };
         let key = entry.reverse_key(&key_of(BOB));
         let session = sessions.reverse.borrow()[&key].get();
-        sessions.reverse.borrow_mut().insert(key, Rc::new(Shared::new(Reverse { state: State::new(Phase::Live), ..session })));
+        sessions
+            .reverse
+            .borrow_mut()
+            .insert(key, Rc::new(Shared::new(Reverse { state: State::new(Phase::Live), ..session })));
         sessions.slots.borrow_mut().clear();
         probed.push(key);
     }

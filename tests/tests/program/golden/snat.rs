@@ -34,7 +34,14 @@ fn client_side(world: &World) -> Link {
 }
 
 /// `packet` of a client, which must leave for node `id` as `translated`.
-fn there(name: impl Into<String>, world: &World, outcome: Outcome, id: u32, packet: &Ip, translated: &Ip) -> Case {
+fn there(
+    name: impl Into<String>,
+    world: &World,
+    outcome: Outcome,
+    id: u32,
+    packet: &Ip,
+    translated: &Ip,
+) -> Case {
     let (node, config, inner) = (world.nodes[&id].clone(), *world.config(), translated.clone());
     Case::to_node(name, world, outcome, &node.clone(), world.client_link().ip(packet), move |port| {
         node.carries(&config, &inner, port)
@@ -42,7 +49,14 @@ fn there(name: impl Into<String>, world: &World, outcome: Outcome, id: u32, pack
 }
 
 /// `packet` of a pod of node `id`, which must leave for the client as `translated`.
-fn back(name: impl Into<String>, world: &World, outcome: Outcome, id: u32, packet: &Ip, translated: &Ip) -> Case {
+fn back(
+    name: impl Into<String>,
+    world: &World,
+    outcome: Outcome,
+    id: u32,
+    packet: &Ip,
+    translated: &Ip,
+) -> Case {
     let input = FromNode::new(world, id, packet).bytes();
     Case::transmit(name, outcome, input, client_side(world).ip(&translated.hop()))
 }
@@ -93,16 +107,22 @@ pub(super) fn packets(world: &World) -> Vec<Case> {
         cases.extend([
             there(name("new"), world, Outcome::SnatNew, PLAIN, &to(FOREIGN, b"one"), &to(SNAT, b"one")),
             there(name("again"), world, Outcome::SnatForward, PLAIN, &to(FOREIGN, b""), &to(SNAT, b"")),
-            back(name("reply"), world, Outcome::SnatReply, PLAIN, &from(SNAT, b"odd"), &from(FOREIGN, b"odd")),
+            back(
+                name("reply"),
+                world,
+                Outcome::SnatReply,
+                PLAIN,
+                &from(SNAT, b"odd"),
+                &from(FOREIGN, b"odd"),
+            ),
             there(name("third"), world, Outcome::SnatForward, PLAIN, &to(FOREIGN, b"3"), &to(SNAT, b"3")),
         ]);
     }
     let udp = |client, id, port| Ip::udp(client, pod(id), (port, 53), b"question");
     let answer = |id, client, port| Ip::udp(pod(id), client, (53, port), b"answer");
-    for (name, id, address, port) in [
-        ("destination-rule", TAGGED, SNAT_TAGGED, 5100),
-        ("other-overlay", CILIUM, SNAT_CILIUM, 5101),
-    ] {
+    for (name, id, address, port) in
+        [("destination-rule", TAGGED, SNAT_TAGGED, 5100), ("other-overlay", CILIUM, SNAT_CILIUM, 5101)]
+    {
         cases.extend([
             there(
                 format!("snat-{name}"),
@@ -139,9 +159,11 @@ pub(super) fn packets(world: &World) -> Vec<Case> {
     cases.push(Case::redirect("snat-direct-tagged", Outcome::SnatNew, input, output));
     // Rules that do not translate, clients without a rule.
     cases.push(Case::encap("snat-routed-by-rule", world, PLAIN, link, &udp(TRUSTED, PLAIN, 5300)));
-    for (name, client, id) in
-        [("no-rule", STRANGER, PLAIN), ("no-rule-in-overlay", POOLED, CILIUM), ("no-rule-at-all", FOREIGN, OTHER_PORT)]
-    {
+    for (name, client, id) in [
+        ("no-rule", STRANGER, PLAIN),
+        ("no-rule-in-overlay", POOLED, CILIUM),
+        ("no-rule-at-all", FOREIGN, OTHER_PORT),
+    ] {
         cases.push(Case::drop(
             format!("snat-{name}"),
             Outcome::ClientForeign,
@@ -190,7 +212,9 @@ pub(super) fn errors(world: &World) -> Vec<Case> {
         ("port", Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port)),
         (
             "too-big",
-            Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: 1400 }),
+            Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded {
+                next_hop_mtu: 1400,
+            }),
         ),
         ("ttl", Icmpv4Type::TimeExceeded(TimeExceededCode::TtlExceededInTransit)),
     ];
@@ -240,7 +264,8 @@ pub(super) fn errors(world: &World) -> Vec<Case> {
 pub(super) fn refused_clients(world: &World) -> Vec<Case> {
     let link = world.client_link();
     let udp = |id, port| Ip::udp(FOREIGN, pod(id), (port, 53), b"question");
-    let drop = |name: &str, outcome, packet: &Ip| Case::drop(format!("snat-{name}"), outcome, link.ip(packet));
+    let drop =
+        |name: &str, outcome, packet: &Ip| Case::drop(format!("snat-{name}"), outcome, link.ip(packet));
     let other = |protocol| Ip::new(FOREIGN, pod(PLAIN), protocol, vec![0x42; 40]);
     let timestamp = Icmpv4Type::TimestampRequest(TimestampMessage {
         id: 1,
@@ -266,7 +291,11 @@ pub(super) fn refused_clients(world: &World) -> Vec<Case> {
             Outcome::SnatNoSession,
             &Ip::segment(FOREIGN, pod(PLAIN), (7004, 80), RST, (1, 0), b""),
         ),
-        drop("pod-of-no-node", Outcome::SnatPodGone, &Ip { destination: world::POD_OF_NOWHERE, ..udp(PLAIN, 7005) }),
+        drop(
+            "pod-of-no-node",
+            Outcome::SnatPodGone,
+            &Ip { destination: world::POD_OF_NOWHERE, ..udp(PLAIN, 7005) },
+        ),
         drop("unresolved", Outcome::VtepUnresolved, &udp(UNRESOLVED, 7006)),
         Case::transmit(
             "snat-too-big",
@@ -275,7 +304,11 @@ pub(super) fn refused_clients(world: &World) -> Vec<Case> {
             client_side(world).ip(&Ip::too_big(rig::GATEWAY, &Ip { dont_fragment: true, ..large }, 1450)),
         ),
         // Not to a pod: none of the rules' business.
-        Case::pass("snat-no-pod", Outcome::NoRoute, link.ip(&Ip { destination: [203, 0, 113, 9], ..other(132) })),
+        Case::pass(
+            "snat-no-pod",
+            Outcome::NoRoute,
+            link.ip(&Ip { destination: [203, 0, 113, 9], ..other(132) }),
+        ),
         // A rule that does not translate lets everything through.
         Case::encap("snat-routed-sctp", world, PLAIN, link, &Ip { source: TRUSTED, ..other(132) }),
     ];
@@ -292,9 +325,11 @@ pub(super) fn refused_clients(world: &World) -> Vec<Case> {
         protocol: UDP.into(),
         overlay: 0,
     };
-    cases.push(drop("half-a-session", Outcome::SnatRace, &packet).after([link.ip(&packet)]).once(move |subject| {
-        subject.table::<ReverseKey, Reverse>(map::REVERSE).delete(&[gone]).unwrap();
-    }));
+    cases.push(drop("half-a-session", Outcome::SnatRace, &packet).after([link.ip(&packet)]).once(
+        move |subject| {
+            subject.table::<ReverseKey, Reverse>(map::REVERSE).delete(&[gone]).unwrap();
+        },
+    ));
     cases
 }
 
@@ -364,15 +399,25 @@ pub(super) fn exhausted(world: &World) -> Vec<(World, Vec<Case>)> {
         world.tables.config.session_slots = 1 << 17;
         world.tables.sessions.capacity = Some(1 << 17);
     });
-    let none_left = Case::drop("snat-ports-exhausted", Outcome::SnatPortsExhausted, link.ip(&request(21, 9200)))
-        .once(|subject| {
-            let now = gateway::dataplane::sessions::now();
-            let taken: Vec<(ReverseKey, Reverse)> = (0..=u16::MAX).map(|port| established_on(port, now)).collect();
-            subject.table(map::REVERSE).update(&taken).unwrap();
-        });
+    let none_left =
+        Case::drop("snat-ports-exhausted", Outcome::SnatPortsExhausted, link.ip(&request(21, 9200))).once(
+            |subject| {
+                let now = gateway::dataplane::sessions::now();
+                let taken: Vec<(ReverseKey, Reverse)> =
+                    (0..=u16::MAX).map(|port| established_on(port, now)).collect();
+                subject.table(map::REVERSE).update(&taken).unwrap();
+            },
+        );
     // Towards another port of the pod all of them are free.
     let elsewhere = |address| Ip::udp(address, pod(PLAIN), (9200, 54), b"q");
-    let free = there("snat-ports-elsewhere", &many, Outcome::SnatNew, PLAIN, &elsewhere(client(21)), &elsewhere(SNAT));
+    let free = there(
+        "snat-ports-elsewhere",
+        &many,
+        Outcome::SnatNew,
+        PLAIN,
+        &elsewhere(client(21)),
+        &elsewhere(SNAT),
+    );
     vec![(small, vec![full]), (many, vec![none_left, free])]
 }
 
@@ -480,7 +525,8 @@ fn transport_checksums_are_right_for_every_value() {
         let first = Ip::udp([198, 51, 100, 1], pod(DIRECT), (4000, 53), b"");
         subject.run(&link.ip(&first));
         for client in [[198, 51, 100, 1], FOREIGN] {
-            let request = |source, port, word: u16| Ip::udp(source, pod(DIRECT), (port, 53), &word.to_be_bytes());
+            let request =
+                |source, port, word: u16| Ip::udp(source, pod(DIRECT), (port, 53), &word.to_be_bytes());
             let (_, output) = subject.run(&link.ip(&request(client, 4000, 0)));
             let port = u16::from_be_bytes([output[34], output[35]]);
             assert_eq!(port == 4000, client != FOREIGN);
@@ -490,7 +536,11 @@ fn transport_checksums_are_right_for_every_value() {
                 assert_eq!(output, expected, "to the pod, data {word:#x}");
                 let reply = |to, port| Ip::udp(pod(DIRECT), to, (53, port), &word.to_be_bytes());
                 let (_, output) = subject.run(&world.underlay_link().ip(&reply(SNAT, port)));
-                assert_eq!(output, client_side(&world).ip(&reply(client, 4000).hop()), "back, data {word:#x}");
+                assert_eq!(
+                    output,
+                    client_side(&world).ip(&reply(client, 4000).hop()),
+                    "back, data {word:#x}"
+                );
             }
         }
     });
@@ -505,7 +555,8 @@ fn both_halves_of_a_session() {
         let link = world.client_link();
         let to = |flags, numbers| Ip::segment(FOREIGN, pod(PLAIN), (41_000, 80), flags, numbers, b"");
         let from = |flags, numbers| {
-            FromNode::new(&world, PLAIN, &Ip::segment(pod(PLAIN), SNAT, (80, 41_000), flags, numbers, b"")).bytes()
+            FromNode::new(&world, PLAIN, &Ip::segment(pod(PLAIN), SNAT, (80, 41_000), flags, numbers, b""))
+                .bytes()
         };
         subject.run(&link.ip(&to(SYN, (100, 0))));
         let forward = subject.table::<ForwardKey, Forward>(map::FORWARD);
