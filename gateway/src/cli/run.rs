@@ -49,7 +49,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         let cancel = CancellationToken::new();
         cancel_on_signal(&cancel)?;
         info!(version = env!("CARGO_PKG_VERSION"), instance = config.instance, "starting");
-        Daemon::start(config).await?.run(cancel).await
+        Box::pin(Daemon::start(config).await?.run(cancel)).await
     })?;
     // A scan of the source directory may still be under way on a blocking thread; nobody needs its result.
     runtime.shutdown_background();

@@ -26,10 +26,11 @@ pub(super) struct Interfaces {
 
 impl Interfaces {
     /// Loads a program for an interface, unless that is under way.
-    pub(super) fn load(&mut self, loader: Loader, interface: &str, constants: abi::Config) {
-        if self.under_way.get(interface) == Some(&constants) {
+    pub(super) fn load(&mut self, loader: Loader, interface: &str, constants: &abi::Config) {
+        if self.under_way.get(interface) == Some(constants) {
             return;
         }
+        let constants = *constants;
         self.under_way.insert(interface.to_owned(), constants);
         let interface = interface.to_owned();
         self.loads.spawn_blocking(move || {

@@ -673,7 +673,7 @@ impl Daemon {
                 Ok(Some((link, constants))) if self.programs.is_current(&link, &constants) => {
                     self.interfaces.note(&name, None);
                 }
-                Ok(Some((_, constants))) => self.interfaces.load(self.programs.loader(), &name, constants),
+                Ok(Some((_, constants))) => self.interfaces.load(self.programs.loader(), &name, &constants),
                 Err(error) => self.interfaces.note(&name, Some(error.to_string())),
             }
         }

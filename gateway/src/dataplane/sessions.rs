@@ -164,10 +164,9 @@ pub fn merge(from: &SessionTables, to: &SessionTables, since: Option<Ticks>) -> 
                     put_forward(to, &forward_key, &their_forward)?;
                     merged.updated += 1;
                 }
-                Some(_) => merged.lost += 1,
                 None if since.is_some_and(|since| is_before(theirs.created, since)) => {}
                 None if add(to, key, theirs, &forward_key, &their_forward, &mut free)? => merged.added += 1,
-                None => merged.lost += 1,
+                Some(_) | None => merged.lost += 1,
             }
         }
         Ok::<_, TableError>(())

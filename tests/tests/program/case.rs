@@ -31,8 +31,11 @@ pub(crate) struct Case {
     /// Bytes that a driver put in front of the frame.
     pub(crate) metadata: u32,
     /// What comes before: frames, changes of tables.
-    before: Vec<Box<dyn Fn(&Subject)>>,
+    before: Vec<Step>,
 }
+
+/// What happens before the frame of a case.
+type Step = Box<dyn Fn(&Subject)>;
 
 impl Case {
     fn new(

@@ -276,15 +276,12 @@ impl Mirror {
     /// Says where a pod is, or that it is nowhere.
     pub(crate) fn set_pod(&mut self, key: OverlayAddress, route: Option<Route>) {
         let table = self.subject.table::<OverlayAddress, Route>(map::PODS);
-        match route {
-            Some(route) => {
-                table.update(&[(key, route)]).unwrap();
-                self.tables.pods.insert(key, route);
-            }
-            None => {
-                table.delete(&[key]).unwrap();
-                self.tables.pods.remove(&key);
-            }
+        if let Some(route) = route {
+            table.update(&[(key, route)]).unwrap();
+            self.tables.pods.insert(key, route);
+        } else {
+            table.delete(&[key]).unwrap();
+            self.tables.pods.remove(&key);
         }
     }
 

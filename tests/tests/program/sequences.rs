@@ -306,7 +306,7 @@ impl Sequence<'_> {
     }
 
     /// What a pod sends from its node.
-    fn from_node(&mut self, address: Address, packet: Ip) -> Vec<u8> {
+    fn node_sends(&mut self, address: Address, packet: Ip) -> Vec<u8> {
         let node = self.node_of(address);
         let world = self.world;
         self.finish(packet, |packet| match node {
@@ -319,10 +319,10 @@ impl Sequence<'_> {
         let data = self.data();
         let Some((key, _)) = self.session() else {
             let to = self.pick(&[SNAT, DRAINED, CLIENT]);
-            return self.from_node(pod(PLAIN), Ip::udp(pod(PLAIN), to, (53, 40_000), &data));
+            return self.node_sends(pod(PLAIN), Ip::udp(pod(PLAIN), to, (53, 40_000), &data));
         };
         let packet = self.reply(&key, &data);
-        self.from_node(key.pod.octets, packet)
+        self.node_sends(key.pod.octets, packet)
     }
 
     fn reply(&mut self, key: &ReverseKey, data: &[u8]) -> Ip {
@@ -370,7 +370,7 @@ impl Sequence<'_> {
         };
         let from = if self.random.random() { seen.destination } else { POD_ROUTER };
         let (kind, quoted) = (self.kind(), self.quoted(&seen));
-        self.from_node(seen.destination, Ip::error(from, kind, &seen, quoted))
+        self.node_sends(seen.destination, Ip::error(from, kind, &seen, quoted))
     }
 
     /// About a packet of a pod, as the client's side saw it.

@@ -53,7 +53,7 @@ const CAPACITY: usize = 48;
 
 /// A preallocated hash table.
 struct Elements<K, V> {
-    elements: Vec<Shared<V>>,
+    places: Vec<Shared<V>>,
     index: RefCell<BTreeMap<K, usize>>,
     free: RefCell<Vec<usize>>,
     /// Keys that are being inserted: the kernel holds the lock of their bucket.
@@ -63,7 +63,7 @@ struct Elements<K, V> {
 impl<K: Ord + Copy, V: bytemuck::Pod> Elements<K, V> {
     fn new() -> Self {
         Self {
-            elements: (0..CAPACITY).map(|_| Shared::new(V::zeroed())).collect(),
+            places: (0..CAPACITY).map(|_| Shared::new(V::zeroed())).collect(),
             index: RefCell::default(),
             free: RefCell::new((0..CAPACITY).collect()),
             busy: RefCell::default(),
@@ -71,7 +71,7 @@ impl<K: Ord + Copy, V: bytemuck::Pod> Elements<K, V> {
     }
 
     fn get(&self, key: &K) -> Option<&Shared<V>> {
-        self.index.borrow().get(key).map(|&at| &self.elements[at])
+        self.index.borrow().get(key).map(|&at| &self.places[at])
     }
 
     /// `between` is called when half of the element is written.
@@ -93,14 +93,14 @@ impl<K: Ord + Copy, V: bytemuck::Pod> Elements<K, V> {
     }
 
     fn write(&self, at: usize, value: &V, is_in: fn(usize, usize) -> bool) {
-        let mut bytes = bytemuck::bytes_of(&self.elements[at].get()).to_vec();
+        let mut bytes = bytemuck::bytes_of(&self.places[at].get()).to_vec();
         let half = bytes.len() / 2;
         for (at, (old, new)) in bytes.iter_mut().zip(bytemuck::bytes_of(value)).enumerate() {
             if is_in(at, half) {
                 *old = *new;
             }
         }
-        self.elements[at].set(bytemuck::pod_read_unaligned(&bytes));
+        self.places[at].set(bytemuck::pod_read_unaligned(&bytes));
     }
 
     fn remove(&self, key: &K) {
@@ -110,7 +110,7 @@ impl<K: Ord + Copy, V: bytemuck::Pod> Elements<K, V> {
     }
 
     fn content(&self) -> BTreeMap<K, V> {
-        self.index.borrow().iter().map(|(&key, &at)| (key, self.elements[at].get())).collect()
+        self.index.borrow().iter().map(|(&key, &at)| (key, self.places[at].get())).collect()
     }
 }
 
@@ -410,7 +410,9 @@ fn in_all_ways<const N: usize>(
             let tables = Arc::clone(&tables);
             spawned(move || work(&tables))
         });
-        handles.into_iter().for_each(|handle| handle.join().unwrap());
+        for handle in handles {
+            handle.join().unwrap();
+        }
         tables.check();
         at_end(&tables);
     });
