@@ -31,8 +31,21 @@ impl Severity {
 /// What a text keeps of a field that somebody filled with a megabyte, in bytes.
 const LONGEST: usize = 400;
 
-/// Cuts a text that nobody would read to its end.
+/// Makes a text fit for a terminal: cuts what nobody would read to its end, and shows control characters instead of
+/// sending them, as a name or a value may hold any.
 fn clip(mut text: String) -> String {
+    let hidden = |c: char| c.is_control() && c != '\n';
+    if text.contains(hidden) {
+        let mut shown = String::with_capacity(text.len());
+        for c in text.chars() {
+            if hidden(c) {
+                shown.extend(c.escape_default());
+            } else {
+                shown.push(c);
+            }
+        }
+        text = shown;
+    }
     if text.len() > LONGEST {
         text.truncate(text.floor_char_boundary(LONGEST));
         text.push('…');
@@ -82,7 +95,7 @@ impl Problem {
     /// Puts where the object comes from in front of its place.
     pub fn locate(&mut self, origin: &Origin) {
         if let Some(origin) = origin {
-            self.place = format!("{origin}, {}", self.place);
+            self.place = clip(format!("{origin}, {}", self.place));
         }
     }
 
@@ -140,5 +153,20 @@ impl ProblemList {
     fn lock(&self) -> MutexGuard<'_, Content> {
         // A holder that panics between two of the steps leaves a revision that is too high, which does no harm.
         self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_is_not_at_the_mercy_of_a_name() {
+        let mut problem = Problem::error("Node \u{1b}]0;owned\u{7}", "line\r\none", "");
+        problem.locate(&Some("\u{1b}[2J.yaml".into()));
+        assert_eq!(problem.place, r"\u{1b}[2J.yaml, Node \u{1b}]0;owned\u{7}");
+        assert_eq!(problem.what, "line\\r\none");
+        let long = Problem::error("x".repeat(1 << 20), "", "");
+        assert!(long.place.len() < 500);
     }
 }

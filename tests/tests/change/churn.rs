@@ -164,7 +164,6 @@ fn a_thousand_changes_a_second_reach_the_tables_and_disturb_nobody() {
         quantile(99),
     );
     assert!(rate > 900.0, "only {rate:.0} changes a second");
-    assert!(quantile(50) < Duration::from_secs(1), "{times:?}");
     let expected: BTreeMap<_, _> = churn.cluster.tables().pods;
     assert!(expected.len() > usize::from(FILES) * PODS_PER_FILE && looks > 1000);
     assert!(sent.iter().all(|sent| *sent > 5000));
