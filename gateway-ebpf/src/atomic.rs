@@ -13,12 +13,8 @@ const ORDER: AtomicOrdering = AtomicOrdering::SeqCst;
 /// Compare-and-swap of a session's state; whether it was `old`.
 #[inline(always)]
 pub(crate) fn exchange(session: &Shared<Reverse>, old: State, new: State) -> bool {
-    // SAFETY: the first field of an entry in its map; aligned, as map values are.
-    let (_, done) = unsafe {
-        let word = (&raw mut (*session.as_ptr()).state.word);
-        atomic_cxchg::<u64, ORDER, ORDER>(word, old.word, new.word)
-    };
-    done
+    // SAFETY: a field of an entry in its map; aligned, as map values are.
+    unsafe { atomic_cxchg::<u64, ORDER, ORDER>(session.state_word(), old.word, new.word) }.1
 }
 
 /// Adds to a counter; what it was.

@@ -196,7 +196,7 @@ impl Sessions for KernelTables<'_> {
         // SAFETY: the entry belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
         let scratch = unsafe { &mut (*scratch).forward };
         *scratch = value();
-        inserted(SESSION_FORWARD.insert(key, &*scratch, BPF_NOEXIST.into()))
+        inserted(SESSION_FORWARD.insert(key, *scratch, BPF_NOEXIST.into()))
     }
 
     #[inline(always)]
@@ -207,7 +207,7 @@ impl Sessions for KernelTables<'_> {
         // SAFETY: as in `insert_forward`.
         let scratch = unsafe { &mut (*scratch).reverse };
         *scratch = value();
-        inserted(SESSION_REVERSE.insert(key, &*scratch, BPF_NOEXIST.into()))
+        inserted(SESSION_REVERSE.insert(key, *scratch, BPF_NOEXIST.into()))
     }
 
     #[inline(always)]
@@ -350,12 +350,12 @@ impl Tables for KernelTables<'_> {
         let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
             return verdict;
         };
-        // SAFETY: as in `insert_forward`. Volatile, so that the compiler does not remember it either.
-        unsafe {
-            let place = &raw mut (*scratch).verdict;
-            place.write_volatile(verdict);
-            place.read_volatile()
-        }
+        // SAFETY: as in `insert_forward`.
+        let place = &raw mut *unsafe { &mut (*scratch).verdict };
+        // SAFETY: valid, as a reference a moment ago. Volatile, so that the compiler does not remember it either.
+        unsafe { place.write_volatile(verdict) };
+        // SAFETY: as above.
+        unsafe { place.read_volatile() }
     }
 
     #[inline(always)]

@@ -22,12 +22,6 @@ impl<V> Shared<V> {
         Self(UnsafeCell::new(value))
     }
 
-    /// Where the entry is, for atomic operations on a field.
-    #[inline(always)]
-    pub const fn as_ptr(&self) -> *mut V {
-        self.0.get()
-    }
-
     /// The whole entry; not at one moment.
     #[cfg(any(test, feature = "model"))]
     pub fn get(&self) -> V
@@ -150,6 +144,13 @@ fields! { Reverse:
 }
 
 impl Shared<Reverse> {
+    /// Where the state is, for a compare-and-swap.
+    #[inline(always)]
+    pub const fn state_word(&self) -> *mut u64 {
+        const { assert!(core::mem::offset_of!(Reverse, state) == 0) };
+        self.0.get().cast()
+    }
+
     /// [`Reverse::forward_key`].
     #[inline(always)]
     pub fn forward_key(&self, key: &ReverseKey) -> ForwardKey {
