@@ -24,7 +24,7 @@ use crate::{
 const HTTP: u16 = 80;
 const PORT: u16 = 7000;
 /// Datagrams per second and direction.
-const RATE: u32 = 2000;
+const RATE: u32 = 1000;
 const TRANSFERS: u64 = 4;
 const BODY: usize = 1 << 18;
 /// Between two bodies: the daemon needs a part of the CPUs, too.
