@@ -57,12 +57,12 @@ impl Ageing {
     pub(super) fn start(
         tables: SessionTables,
         loader: Loader,
-        constants: abi::Config,
+        constants: &abi::Config,
         snat: &Snat,
     ) -> std::io::Result<Self> {
         let (pods, requests) = channel();
         let (found, walks) = watch::channel(Walk::default());
-        let snat = snat.clone();
+        let (snat, constants) = (snat.clone(), *constants);
         thread::Builder::new().name("ageing".to_owned()).spawn(move || {
             // Here, because the kernel takes its time to look at a program.
             match loader.sweeper(&constants) {

@@ -341,7 +341,7 @@ impl Daemon {
         let pins = self.programs.pins();
         let constants = constants::common(&self.config, &self.host, &self.sessions)?;
         let tables = SessionTables::open(pins)?;
-        Ageing::start(tables, self.programs.loader(), constants, &self.config.snat)
+        Ageing::start(tables, self.programs.loader(), &constants, &self.config.snat)
             .context("cannot start the thread that ages sessions")
     }
 
