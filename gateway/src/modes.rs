@@ -49,6 +49,11 @@ pub const OFF: &[Lack] = &[
         off: "answered by the kernel's device, by its FDB: the same for known nodes",
     },
     Lack {
+        what: "clients outside of the subnet",
+        with_program: "translated, routed or refused by the rules of [snat]",
+        off: "routed by rules with action = \"route\", else refused; a configuration that translates is an error",
+    },
+    Lack {
         what: "packets that do not fit the path",
         with_program: "ICMP fragmentation needed, within limits; TCP handshakes announce what fits (mss_clamp)",
         off: "ICMP by the kernel; handshakes are not changed",

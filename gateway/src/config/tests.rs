@@ -528,3 +528,44 @@ fn rules_and_ports_fit_the_program() {
     let found = problems(&text(16));
     assert!(found.len() == 1 && found[0].2.contains("device number 17"), "{found:?}");
 }
+
+/// The memory in docs/snat.md is what [`snat::session_memory`] says, which a root test compares with the kernel.
+#[test]
+fn the_document_tells_the_memory() {
+    const DOCUMENT: &str = include_str!("../../../docs/snat.md");
+
+    let (_, rest) =
+        DOCUMENT.split_once("| `max_sessions` | kernel memory |\n|---|---|\n").expect("the table");
+    let number = |text: &str| text.replace(',', "").trim().parse::<u64>().unwrap();
+    let rows: Vec<(u64, u64)> = rest
+        .lines()
+        .map_while(|line| line.strip_prefix("| ")?.strip_suffix(" MiB |")?.split_once(" | "))
+        .map(|(sessions, memory)| (number(sessions), number(memory)))
+        .collect();
+    assert_eq!(rows.len(), 4);
+    for (sessions, memory) in rows {
+        let bytes = snat::session_memory(u32::try_from(sessions).unwrap());
+        assert_eq!(memory, bytes.div_ceil(1 << 20), "{sessions}");
+    }
+}
+
+/// The defaults in docs/snat.md and their sources are those of the program.
+#[test]
+fn the_document_tells_the_timeouts() {
+    const DOCUMENT: &str = include_str!("../../../docs/snat.md");
+
+    let default = Timeouts::DEFAULT;
+    for (key, value) in [
+        ("tcp_opening", default.tcp_opening),
+        ("tcp_established", default.tcp_established),
+        ("tcp_closing", default.tcp_closing),
+        ("tcp_reset", default.tcp_reset),
+        ("udp_opening", default.udp_opening),
+        ("udp", default.udp),
+        ("icmp", default.icmp),
+    ] {
+        let line = DOCUMENT.lines().find(|line| line.starts_with(&format!("| `{key}` | "))).expect(key);
+        let seconds: u32 = line.split('|').nth(2).unwrap().trim().parse().unwrap();
+        assert_eq!(ticks(seconds), value, "{key}");
+    }
+}

@@ -11,13 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway_common::abi::{OverlayAddress, SweepMode};
+use gateway_common::abi::{self, OverlayAddress, SweepMode};
 use tokio::sync::watch;
 use tracing::debug;
 
 use crate::{
     config::Snat,
     dataplane::{
+        load::Loader,
         sessions::{SessionTables, elapsed, now},
         sweep::Sweeper,
     },
@@ -53,12 +54,26 @@ impl Ageing {
     /// # Errors
     ///
     /// There cannot be another thread.
-    pub(super) fn start(tables: SessionTables, sweeper: Sweeper, snat: &Snat) -> std::io::Result<Self> {
+    pub(super) fn start(
+        tables: SessionTables,
+        loader: Loader,
+        constants: &abi::Config,
+        snat: &Snat,
+    ) -> std::io::Result<Self> {
         let (pods, requests) = channel();
         let (found, walks) = watch::channel(Walk::default());
-        let snat = snat.clone();
-        let walker = Walker { tables, sweeper, snat, requests, doomed: BTreeSet::new() };
-        thread::Builder::new().name("ageing".to_owned()).spawn(move || walker.run(&found))?;
+        let (snat, constants) = (snat.clone(), *constants);
+        thread::Builder::new().name("ageing".to_owned()).spawn(move || {
+            // Here, because the kernel takes its time to look at a program.
+            match loader.sweeper(&constants) {
+                Ok(sweeper) => {
+                    Walker { tables, sweeper, snat, requests, doomed: BTreeSet::new() }.run(&found);
+                }
+                Err(error) => {
+                    let _ = found.send(Walk { fault: Some(error.to_string()), ..Walk::default() });
+                }
+            }
+        })?;
         Ok(Self { pods, walks })
     }
 

@@ -340,8 +340,8 @@ impl Daemon {
     fn age(&self) -> anyhow::Result<Ageing> {
         let pins = self.programs.pins();
         let constants = constants::common(&self.config, &self.host, &self.sessions)?;
-        let sweeper = self.programs.loader().sweeper(&constants)?;
-        Ageing::start(SessionTables::open(pins)?, sweeper, &self.config.snat)
+        let tables = SessionTables::open(pins)?;
+        Ageing::start(tables, self.programs.loader(), &constants, &self.config.snat)
             .context("cannot start the thread that ages sessions")
     }
 

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::Ipv4Addr, path::Path, time::Duration};
 
 use gateway::{
-    config::{Config, SourceCheck},
+    config::{Config, SnatAction, SnatRule, SourceCheck},
     kernel::{
         firewall::{self, Firewall, Goal},
         host::Host,
@@ -230,5 +230,41 @@ fn settings_are_set_and_restored() {
         assert_ne!(delay, "0", "the kernel's default is another than what is set");
         assert!(Settings::open(&config.instance).unwrap().changed().is_empty());
         std::fs::remove_dir(format!("/run/gateway/{}", config.instance)).unwrap();
+    });
+}
+
+/// The kernel forwards what a rule routes, and nothing that an earlier rule translates.
+#[test]
+fn routed_clients_are_admitted_in_the_order_of_the_rules() {
+    isolated(async |directory: &Path| {
+        let mut config = config(directory);
+        let rule = |clients: &str, destinations: &str, action| SnatRule {
+            clients: clients.parse().unwrap(),
+            destinations: destinations.parse().unwrap(),
+            action,
+        };
+        let default = config.snat.rules.remove(0);
+        config.snat.rules = vec![
+            rule("192.0.2.0/25", "0.0.0.0/0", default.action),
+            rule("192.0.2.0/24", "10.244.1.0/24", SnatAction::Route),
+            rule("198.51.100.7/32", "0.0.0.0/0", default.action),
+            default,
+        ];
+        Firewall::new(&config).repair(&goal(&["und"], &[])).await.unwrap();
+        let text = list();
+        let foreign = "oifname \"gw-flannel\" ip saddr != 10.244.30.0/24";
+        let forward: Vec<&str> =
+            text.lines().map(str::trim).filter(|line| line.starts_with("oifname \"gw-flannel\"")).collect();
+        assert_eq!(
+            forward,
+            [
+                format!("{foreign} ip saddr 192.0.2.0/25 counter name \"client_foreign\" drop"),
+                format!("{foreign} ip saddr 192.0.2.0/24 ip daddr 10.244.1.0/24 accept"),
+                format!("{foreign} counter name \"client_foreign\" drop"),
+            ]
+        );
+        // Written again, it is the same.
+        Firewall::new(&config).repair(&goal(&["und"], &[])).await.unwrap();
+        assert_eq!(list(), text);
     });
 }

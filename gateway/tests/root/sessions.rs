@@ -19,7 +19,7 @@ use gateway_common::{
     wire::{Be16, Ipv4},
 };
 
-use crate::sandbox::{config, isolated};
+use crate::sandbox::{config, isolated, sh};
 
 fn pins(bpffs: &Path) -> Pins {
     Pins::new(bpffs, "test")
@@ -263,5 +263,49 @@ fn memory_is_what_is_said() {
             .sum();
         let said = session_memory(50_000);
         assert!(said.abs_diff(bytes) < said / 50, "said {said}, allocated {bytes}");
+    });
+}
+
+/// `gateway show sessions` prints as it reads: a million sessions in a quarter of a gigabyte of addresses, everything
+/// included, and a reader that has seen enough is no failure. (In the normal run a tenth of that.)
+#[test]
+fn many_sessions_are_shown_in_little_memory() {
+    let full = std::env::var_os("GATEWAY_TEST_FULL").is_some();
+    let count: u32 = if full { 1_000_000 } else { 100_000 };
+    isolated(async |bpffs: &Path| {
+        let mut config = config(bpffs);
+        config.snat.max_sessions = count;
+        programs(&config).create_tables().unwrap();
+        let tables = open(bpffs);
+        let (_, _, key, reverse) = session(0, live());
+        let entries: Vec<(ReverseKey, Reverse)> = (0..count)
+            .map(|number| {
+                let pod = Ipv4::new((0x0af4_0000 + number / 1000).to_be_bytes());
+                let port = Be16::new(u16::try_from(number % 1000).unwrap());
+                (ReverseKey { pod, port, ..key }, Reverse { client_port: port, destination: pod, ..reverse })
+            })
+            .collect();
+        tables.reverse.write(&entries).unwrap();
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = format!(
+            "instance = \"test\"\n[source]\nkind = \"files\"\npath = \"/m\"\n[[interface]]\nname = \"ext\"\n\
+             roles = [\"external\", \"underlay\"]\n[[overlay]]\nname = \"flannel\"\nlocal = \"172.16.2.200\"\n\
+             mac = \"0e:11:22:33:44:55\"\nsubnet = \"10.244.30.0/24\"\n[datapath]\nbpffs = \"{}\"\n",
+            bpffs.display()
+        );
+        std::fs::write(file.path(), text).unwrap();
+        let gateway = env!("CARGO_BIN_EXE_gateway");
+        let show = format!("{gateway} show sessions --config {}", file.path().display());
+        let lines = |rest: &str| {
+            let printed = sh(&format!("ulimit -v 262144; {show} {rest} | wc -l"));
+            printed.trim().parse::<u32>().unwrap()
+        };
+        assert_eq!(lines("--json"), count);
+        assert_eq!(lines(""), count + 1, "and a line of titles");
+        assert_eq!(lines("--json --port 7"), count / 1000);
+        assert_eq!(lines("--json --protocol udp"), 0);
+        let first = sh(&format!("bash -o pipefail -c '{show} --json | head -n 1'"));
+        assert!(first.starts_with('{') && first.trim_end().ends_with('}'), "{first}");
     });
 }

@@ -301,3 +301,43 @@ fn more_nodes_than_entries_is_a_problem_of_those_nodes_only() {
         assert_eq!((used(&look.vteps.read().unwrap()).len(), look.pods.read().unwrap().len()), (64, 64));
     });
 }
+
+/// Sessions look for their pod again when the generation of the entry by which it was reached rises; those of pods that are
+/// gone are ended by name.
+#[test]
+fn pods_that_leave_a_node_raise_its_generation() {
+    isolated(async |bpffs: &Path| {
+        let config = config(bpffs);
+        let mut nodes = cluster(&[("a", 10), ("b", 11)]);
+        let mut reconciler = Reconciler::adopt(prepare(&config)).unwrap();
+        let tables = Tables::open(&Pins::new(bpffs, "test")).unwrap();
+        let slots = slots(&config, &nodes, &hop(1));
+        reconciler.apply(&nodes, &slots, Scope::Everything);
+        let ids = ["a", "b"].map(|name| reconciler.vtep_id(&key(name)).unwrap());
+        let generations = || ids.map(|id| tables.vteps.get(&id).unwrap().unwrap().generation);
+        let (pod, cidr) = ((0, Ipv4Addr::new(10, 244, 10, 2)), (0, "10.244.10.0/24".parse().unwrap()));
+        let pods = Changes { pods: [pod].into(), ..Changes::default() };
+        let prefixes = Changes { prefixes: [cidr].into(), ..Changes::default() };
+        let [a, b] = generations();
+        assert_eq!(reconciler.apply(&nodes, &slots, Scope::Everything).gone_pods, []);
+        assert_eq!(generations(), [a, b], "nothing moved");
+
+        nodes.pods.insert(pod, key("b"));
+        assert_eq!(reconciler.apply(&nodes, &slots, Scope::Only(&pods)).gone_pods, []);
+        assert_eq!(generations(), [a + 1, b], "it left a");
+        // Without an entry of its own it is where its prefix is.
+        nodes.pods.remove(&pod);
+        let gone = reconciler.apply(&nodes, &slots, Scope::Only(&pods)).gone_pods;
+        assert_eq!(gone, [OverlayAddress { overlay: 0, address: pod.1.into() }]);
+        assert_eq!(generations(), [a + 1, b + 1]);
+        nodes.pods.insert(pod, key("b"));
+        reconciler.apply(&nodes, &slots, Scope::Only(&pods));
+        assert_eq!(generations(), [a + 2, b + 1], "it left the prefix");
+        nodes.prefixes.insert(cidr, key("b"));
+        reconciler.apply(&nodes, &slots, Scope::Only(&prefixes));
+        assert_eq!(generations(), [a + 3, b + 1], "so did all others there");
+        nodes.prefixes.remove(&cidr);
+        reconciler.apply(&nodes, &slots, Scope::Only(&prefixes));
+        assert_eq!(generations(), [a + 3, b + 2]);
+    });
+}

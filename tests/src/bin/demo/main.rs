@@ -12,6 +12,7 @@ use gateway_tests::lab::{
     Flannel, Gateway, evidence_directory,
     flannel::{EXTERNAL, NIC, Node, PORT, UNDERLAY},
     frames,
+    outside::{AUTOMAP, GUEST, REMOTE, Watch},
     traffic::{self, Throughput, Transport, WebServer},
     wait_until,
 };
@@ -21,9 +22,9 @@ const LABEL: &str = "demo";
 const SOON: Duration = Duration::from_secs(5);
 
 const PICTURE: &str = "\
-\x20    client1 ─┐              ┌─ gateway ─┐                      ╔═ node1 ── pods 10.244.1.2, .3
-              ├─ 10.244.30.1 │ext0   und0│ 172.16.2.200 ═VXLAN══╬═ node2 ── pods 10.244.2.2, .3
-     client2 ─┘              └─── XDP ───┘                      ╚═ node3 ── pods 10.244.3.2, .3";
+\x20    client1, 2 ─┐              ┌─ gateway ─┐                      ╔═ node1 ── pods 10.244.1.2, .3
+     guest1 ─────┼─ 10.244.30.1 │ext0   und0│ 172.16.2.200 ═VXLAN══╬═ node2 ── pods 10.244.2.2, .3
+     remote1 ─ router           └─── XDP ───┘                      ╚═ node3 ── pods 10.244.3.2, .3";
 
 fn main() -> ExitCode {
     match demo() {
@@ -46,13 +47,15 @@ fn demo() -> Result<bool> {
     )?;
     screen::text(PICTURE)?;
     let lab = screen.check("lab", || {
-        let lab = Flannel::start(LABEL)?;
+        let mut lab = Flannel::start(LABEL)?;
+        lab.add_outside()?;
         Ok((format!("{} network namespaces, set up as flannel sets up its nodes", lab.hosts().count()), lab))
     })?;
     let Some(mut lab) = lab else { return screen.finish(&evidence) };
     let gateway = screen.check("gateway", || start(&lab))?;
     if let Some(gateway) = gateway {
         traffic(&mut screen, &lab)?;
+        translation(&mut screen, &lab, &gateway)?;
         changes(&mut screen, &mut lab, &gateway)?;
         tables(&screen, &lab, &gateway)?;
     }
@@ -137,6 +140,40 @@ fn traffic(screen: &mut Screen, lab: &Flannel) -> Result<()> {
         screen::text(&format!("             {}", line.trim()))?;
     }
     Ok(())
+}
+
+/// Clients whose addresses pods cannot answer.
+fn translation(screen: &mut Screen, lab: &Flannel, gateway: &Gateway) -> Result<()> {
+    let node = Node::new(1);
+    let (pod, address) = (lab.pod(node, 1), node.pod_address(1));
+    let watch = Watch::start(lab, &[AUTOMAP])?;
+    screen.check("SNAT", || {
+        let _server = WebServer::start(pod, 80)?;
+        for client in [lab.guest(), lab.remote()] {
+            let answer = traffic::fetch(client, address, 80)?;
+            ensure!(answer.contains(&format!("you are {AUTOMAP}")), "unexpected answer: {answer}");
+        }
+        Ok((format!("guest1 {GUEST} and remote1 {REMOTE} (behind a router): pods see {AUTOMAP}"), ()))
+    })?;
+    screen.check("SNAT TCP", || {
+        let there = traffic::iperf(lab.guest(), pod, address, Transport::Tcp, &[])?;
+        let back = traffic::iperf(lab.guest(), pod, address, Transport::Tcp, &["--reverse"])?;
+        Ok((format!("guest1 → pod1-1 {}; back {}", rate(there.bits), rate(back.bits)), ()))
+    })?;
+    screen.check("trace", || {
+        let text = lab.remote().run(&["traceroute", "-n", "-q", "1", "-w", "1", &address.to_string()])?;
+        let hops: Vec<&str> =
+            text.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
+        ensure!(hops.last() == Some(&address.to_string().as_str()), "the trace does not arrive: {text}");
+        Ok((format!("remote1 sees {}", hops.join(" → ")), ()))
+    })?;
+    let shown = gateway.text(lab.gateway(), &["show", "sessions", "--state", "closing"])?;
+    screen.check("unseen", || {
+        watch.finish()?;
+        Ok(("on neither wire was there an address of the other side".to_owned(), ()))
+    })?;
+    screen.heading("$ gateway show sessions --state closing")?;
+    screen::text(&shown)
 }
 
 /// A UDP result that is good enough to be shown as one.
