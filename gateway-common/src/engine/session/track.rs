@@ -19,7 +19,7 @@ pub(super) const fn by_client(state: State, protocol: u16, segment: &Segment) ->
         let over = state.any(State::RESET_CLIENT | State::RESET_POD)
             || state.all(State::FIN_CLIENT | State::FIN_POD);
         // The port is used again (RFC 9293 section 3.6.1, TIME-WAIT): a handshake begins.
-        return if over { State::new(Phase::Opening) } else { state };
+        return if over { State::new(Phase::Opening).expecting(state.acknowledgement()) } else { state };
     }
     let state = state.without(State::RESET_CLIENT);
     let state = if segment.any(Segment::FIN) { state.with(State::FIN_CLIENT) } else { state };
