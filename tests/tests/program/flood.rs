@@ -17,8 +17,8 @@ use std::{
 use aya::util::nr_cpus;
 use gateway_common::{
     abi::{
-        Forward, ForwardKey, Outcome, Phase, Reverse, ReverseKey, SessionEvent, Slot, SnatRule, State, Timeouts, map,
-        ticks,
+        Forward, ForwardKey, Outcome, Phase, Reverse, ReverseKey, SessionEvent, Slot, SnatRule, State,
+        Timeouts, map, ticks,
     },
     wire::{Be16, Ipv4},
 };
@@ -140,11 +140,13 @@ fn live_sessions_survive_a_flood_and_honest_clients_get_in() {
         let start = Instant::now();
         let (passes, handshakes, time) = thread::scope(|scope| {
             let floods: Vec<_> = (0..nr_cpus().unwrap() as u64)
-                .map(|seed| scope.spawn({
-                    let frame = Connection::new(0, true).request(&world, SYN, (100, 0));
-                    let (subject, left) = (&subject, &left);
-                    move || flood(subject, frame, left, seed)
-                }))
+                .map(|seed| {
+                    scope.spawn({
+                        let frame = Connection::new(0, true).request(&world, SYN, (100, 0));
+                        let (subject, left) = (&subject, &left);
+                        move || flood(subject, frame, left, seed)
+                    })
+                })
                 .collect();
             let (live, done) = (&live, &done);
             let subject = &subject;
@@ -180,13 +182,18 @@ fn live_sessions_survive_a_flood_and_honest_clients_get_in() {
 fn flood(subject: &Subject, mut frame: Vec<u8>, left: &AtomicU64, seed: u64) {
     const BATCH: u64 = 256;
     let mut random = SmallRng::seed_from_u64(seed);
-    while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(BATCH).or((left > 0).then_some(0))).is_ok() {
+    while left
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            left.checked_sub(BATCH).or((left > 0).then_some(0))
+        })
+        .is_ok()
+    {
         for _ in 0..BATCH {
             // 11.0.0.0/8, which no honest client has; the checksums are the pod's to judge.
             frame[26] = 11;
             random.fill(&mut frame[27..30]);
             random.fill(&mut frame[34..36]);
-            subject.run(&frame);
+            subject.feed(&frame);
         }
     }
 }
@@ -195,7 +202,11 @@ fn flood(subject: &Subject, mut frame: Vec<u8>, left: &AtomicU64, seed: u64) {
 fn probe_all(subject: &Subject, world: &World, live: &[Connection]) {
     for connection in live {
         let Connection { client, port, .. } = connection;
-        assert!(connection.goes_on(subject, world), "{client:?}:{port} is not {:?} any more", connection.seen);
+        assert!(
+            connection.goes_on(subject, world),
+            "{client:?}:{port} is not {:?} any more",
+            connection.seen
+        );
         assert!(connection.answer(subject, world, ACK, (201, 101)), "{client:?}:{port} gets no answer");
     }
 }
