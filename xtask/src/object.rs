@@ -283,6 +283,7 @@ fn deepest(
 mod tests {
     use object::{
         BinaryFormat, Endianness, SymbolFlags, SymbolScope,
+        elf::R_BPF_64_64,
         write::{self, StandardSection, Symbol, SymbolSection},
     };
 
@@ -293,6 +294,9 @@ mod tests {
     const FOREVER: [u8; 8] = [0x05, 0, 0xff, 0xff, 0, 0, 0, 0];
     /// A call to wherever its relocation says.
     const CALL: [u8; 8] = [0x85, 0x10, 0, 0, 0xff, 0xff, 0xff, 0xff];
+    /// The first half of `r2 = address`, for `bpf_loop`, of wherever its relocation says.
+    const ADDRESS: [u8; 8] = [0x18, 0x02, 0, 0, 0, 0, 0, 0];
+    const SECOND_HALF: [u8; 8] = [0; 8];
 
     /// `*(u64 *)(r10 + at) = r1`
     fn store(at: i16) -> [u8; 8] {
@@ -322,13 +326,14 @@ mod tests {
         };
         let callee = add(text, callee);
         add(entry, program);
-        if let Some(at) = program.1.iter().position(|word| *word == CALL) {
-            let relocation = write::Relocation {
-                offset: at as u64 * 8,
-                symbol: callee,
-                addend: 0,
-                flags: RelocationFlags::Elf { r_type: R_BPF_64_32 },
+        for (at, word) in program.1.iter().enumerate() {
+            let r_type = match *word {
+                CALL => R_BPF_64_32,
+                ADDRESS => R_BPF_64_64,
+                _ => continue,
             };
+            let flags = RelocationFlags::Elf { r_type };
+            let relocation = write::Relocation { offset: at as u64 * 8, symbol: callee, addend: 0, flags };
             file.add_relocation(entry, relocation).unwrap();
         }
         file.write().unwrap()
@@ -386,6 +391,16 @@ mod tests {
     }
 
     #[test]
+    fn adds_the_stack_of_a_callback() {
+        let program = [store(-256), ADDRESS, SECOND_HALF, EXIT];
+        let report = scan(&object(("gateway", &program), ("callback", &[store(-256), EXIT]))).unwrap();
+        assert!(report.faults.is_empty(), "{:?}", report.faults);
+        assert_eq!((report.programs[0].stack, report.programs[0].instructions), (512, 6));
+        let found = faults(("gateway", &program), ("callback", &[store(-264), EXIT]));
+        assert!(found.iter().any(|fault| fault.contains("544 bytes of stack")), "{found:?}");
+    }
+
+    #[test]
     fn sees_stack_behind_a_copied_pointer() {
         // r2 = r10; r2 += -300
         let copied = [[0xbf, 0xa2, 0, 0, 0, 0, 0, 0], [0x07, 0x02, 0, 0, 0xd4, 0xfe, 0xff, 0xff], EXIT];
@@ -406,8 +421,10 @@ mod tests {
         let bytes = std::fs::read(&path).expect("built by `cargo xtask build`");
         let report = scan(&bytes).unwrap();
         assert!(report.faults.is_empty() && report.byte_loops.is_empty(), "{report:#?}");
-        let [program] = report.programs.as_slice() else { panic!("{:?}", report.programs) };
-        assert_eq!(program.name, "gateway");
-        assert!(program.instructions > 100 && program.stack >= FRAME_STEP, "{program:?}");
+        let names: Vec<&str> = report.programs.iter().map(|program| program.name.as_str()).collect();
+        assert_eq!(names, ["gateway", "sweep"]);
+        for program in &report.programs {
+            assert!(program.instructions > 100 && program.stack >= FRAME_STEP, "{program:?}");
+        }
     }
 }

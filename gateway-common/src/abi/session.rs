@@ -274,7 +274,8 @@ pub enum Phase {
 }
 
 /// The state word of a session: phase and flags in the low half; in the high half the acknowledgement number that
-/// confirms a TCP handshake.
+/// confirms a TCP handshake, before the pod's first segment and for other protocols the tag of the client's flow, and of a
+/// dead session the time when it died.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct State {
@@ -300,6 +301,13 @@ impl State {
     #[inline(always)]
     pub const fn new(phase: Phase) -> Self {
         Self { word: Self::code(phase) as u64 }
+    }
+
+    /// A state without flags, which is this flow's alone until the pod's first segment. A port that was given up may be
+    /// another flow's at once, in the same entry of the table: who judged the session before must not take it for that.
+    #[inline(always)]
+    pub const fn of_flow(phase: Phase, tag: u32) -> Self {
+        Self::new(phase).expecting(tag)
     }
 
     #[inline(always)]

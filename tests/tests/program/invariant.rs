@@ -28,7 +28,13 @@ pub(crate) fn check(outcome: Outcome, input: &[u8], output: &[u8]) -> Result<(),
         }
         Outcome::Decap => routed(tunnelled(input)?, plain(output)?),
         Outcome::RouteDirect | Outcome::DirectIn => routed(&input[link_len(input)?..], plain(output)?),
-        Outcome::TooBigReply => too_big(input, output),
+        Outcome::TooBigReply if output[..6] == input[6..12] => {
+            too_big(&input[link_len(input)?..], plain(output)?)
+        }
+        Outcome::SnatTooBigReply => match inner_of(output) {
+            Ok(inner) => too_big(tunnelled(input)?, &inner),
+            Err(_) => too_big(&input[link_len(input)?..], plain(output)?),
+        },
         Outcome::ArpReply => {
             let (before, after) = (&input[link_len(input)?..], &output[link_len(output)?..]);
             arp_answer(before, after)
@@ -259,10 +265,9 @@ fn valid(header: &[u8; 20]) -> bool {
     Sum16BitWords::new().add_slice(header).ones_complement() == 0
 }
 
-/// RFC 1191 section 4: the beginning of the packet comes back, with a size that it exceeds.
-fn too_big(input: &[u8], output: &[u8]) -> Result<(), String> {
-    let at = link_len(input)?;
-    let packet = SlicedPacket::from_ethernet(output).map_err(|error| error.to_string())?;
+/// RFC 1191 section 4: the beginning of the packet comes back to its sender, with a size that it exceeds.
+fn too_big(before: &[u8], answer: &[u8]) -> Result<(), String> {
+    let packet = SlicedPacket::from_ip(answer).map_err(|error| error.to_string())?;
     let (Some(NetSlice::Ipv4(ip)), Some(TransportSlice::Icmpv4(icmp))) = (&packet.net, &packet.transport)
     else {
         return Err("no ICMP error".to_owned());
@@ -272,11 +277,10 @@ fn too_big(input: &[u8], output: &[u8]) -> Result<(), String> {
     else {
         return Err(format!("{:?}", icmp.icmp_type()));
     };
-    let right = output[..6] == input[6..12]
-        && ip.header().destination() == input[at + 12..at + 16]
+    let right = ip.header().destination() == before[12..16]
         && !icmp.payload().is_empty()
-        && icmp.payload() == &input[at..at + icmp.payload().len()]
-        && usize::from(next_hop_mtu) < input.len() - at
+        && icmp.payload() == &before[..icmp.payload().len()]
+        && usize::from(next_hop_mtu) < before.len()
         && icmp.icmp_type().calc_checksum(icmp.payload()) == icmp.checksum();
     if right { Ok(()) } else { Err("not the error about this packet".to_owned()) }
 }

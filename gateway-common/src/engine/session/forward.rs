@@ -8,7 +8,7 @@ use super::{
     tuple::{self, Kind, Segment, Side},
 };
 use crate::{
-    abi::{Forward, ForwardKey, LastHop, Outcome, Phase, SessionEvent},
+    abi::{Forward, ForwardKey, LastHop, Outcome, Phase, Reverse, ReverseKey, SessionEvent, Ticks, ticks},
     engine::{
         Frame, Tables, Verdict,
         classify::{self, Packet},
@@ -115,11 +115,15 @@ fn refresh<T: Tables>(
     }
     let reverse_key = entry.reverse_key(key);
     let Some(reverse) = tables.reverse(&reverse_key) else {
-        // A session goes with its forward entry first, so this one is left over; the client sends again.
-        tables.remove_forward(key);
+        // Another CPU ended the session at this moment, and its forward entry may be a new session's by now; or the
+        // tables lost the other half long ago. The client sends again.
+        if session(tables, key, key.tag()).is_some_and(|entry| now.wrapping_sub(entry.created()) >= LEFT_OVER)
+        {
+            tables.remove_forward(key);
+        }
         return Err(Verdict::drop(Outcome::SnatRace));
     };
-    if reverse.tag() != reverse_key.tag() {
+    if !is_half_of(&reverse, &reverse_key, key) {
         return Err(Verdict::drop(Outcome::SnatRace));
     }
     if moved {
@@ -146,6 +150,18 @@ fn refresh<T: Tables>(
     }
     entry.set_confirmed(u16::from(track::is_settled(new)));
     Ok(())
+}
+
+/// How old a forward entry without its other half is at least when it is taken for left over: far longer than any CPU
+/// takes to open a session.
+const LEFT_OVER: Ticks = ticks(5);
+
+/// Whether a reverse entry is still the other half of the session under `key`: its port may be another flow's by now.
+#[inline(always)]
+fn is_half_of(reverse: &Shared<Reverse>, reverse_key: &ReverseKey, key: &ForwardKey) -> bool {
+    reverse.tag() == reverse_key.tag()
+        && reverse.client() == key.client
+        && reverse.client_port() == key.client_port
 }
 
 /// The way to the session's pod; looked up again when the VTEP's generation says that pods moved.
@@ -194,7 +210,7 @@ fn end<T: Tables>(tables: &T, entry: &Shared<Forward>, key: &ForwardKey) {
     let reverse_key = entry.reverse_key(key);
     if let Some(reverse) = tables.reverse(&reverse_key) {
         let state = reverse.state();
-        if matches!(state.phase(), Phase::Opening | Phase::Live) {
+        if matches!(state.phase(), Phase::Opening | Phase::Live) && is_half_of(&reverse, &reverse_key, key) {
             store::remove(tables, &reverse_key, key, &reverse, state, SessionEvent::Flushed);
         }
     }

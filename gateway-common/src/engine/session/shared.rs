@@ -110,6 +110,8 @@ fields! { Forward:
     header_delta: u16 as u16;
     /// [`Forward::transport_delta`].
     transport_delta: u16 as u16;
+    /// [`Forward::created`].
+    created: Ticks as u32;
     /// [`Forward::protocol`].
     protocol: u16 as u16;
 }

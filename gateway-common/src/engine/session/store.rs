@@ -102,7 +102,11 @@ pub(super) fn open<T: Tables>(tables: &T, rule: &SnatRule, opening: &mut Opening
     }
     tables.set_slot(opening.slot, key);
     if let Some(claimed) = tables.reverse(key) {
-        tables.exchange(&claimed, State::new(Phase::Claimed), State::new(Phase::Opening));
+        tables.exchange(
+            &claimed,
+            State::of_flow(Phase::Claimed, opening.tag),
+            State::of_flow(Phase::Opening, opening.tag),
+        );
     }
     tables.note(SessionEvent::Opened);
     0
@@ -175,7 +179,7 @@ fn insert<T: Tables>(tables: &T, opening: &Opening) -> Inserted {
     let addresses = header_delta(key.address, opening.key.client);
     let pseudo_header = if key.protocol == ICMP { 0 } else { addresses };
     let reverse = || Reverse {
-        state: State::new(Phase::Claimed),
+        state: State::of_flow(Phase::Claimed, opening.tag),
         last_hop: opening.last_hop,
         tag: key.tag(),
         seen: opening.now,
@@ -232,7 +236,7 @@ fn clear<T: Tables>(
 ) -> bool {
     let state = occupant.state();
     opening.peer = occupant.forward_key(&opening.reverse);
-    let idle = idle(tables, occupant, &opening.peer, opening.now);
+    let idle = idle(tables, occupant, state, &opening.peer, opening.now);
     let event = if idle > tables.config().timeouts.of(opening.reverse.protocol, state) {
         SessionEvent::Reclaimed
     } else if state.phase() != Phase::Opening {
@@ -246,9 +250,19 @@ fn clear<T: Tables>(
     remove(tables, &opening.reverse, &opening.peer, occupant, state, event)
 }
 
-/// How long a session has had no packet of either side.
+/// How long a session in `state` has had no packet of either side; of a dead one, for how long it has been dead, because
+/// whoever removes it needs its time however old the session was.
 #[inline(always)]
-pub(super) fn idle<T: Tables>(tables: &T, session: &Shared<Reverse>, peer: &ForwardKey, now: Ticks) -> Ticks {
+pub(super) fn idle<T: Tables>(
+    tables: &T,
+    session: &Shared<Reverse>,
+    state: State,
+    peer: &ForwardKey,
+    now: Ticks,
+) -> Ticks {
+    if state.phase() == Phase::Dead {
+        return since(state.acknowledgement(), now);
+    }
     let idle = since(session.seen(), now);
     match tables.forward(peer) {
         Some(forward) => idle.min(since(forward.seen(), now)),

@@ -15,7 +15,7 @@ pub fn sweep<T: Tables>(tables: &T, key: &ReverseKey, mode: SweepMode) -> bool {
     };
     let state = session.state();
     let peer = session.forward_key(key);
-    let idle = store::idle(tables, &session, &peer, tables.ticks());
+    let idle = store::idle(tables, &session, state, &peer, tables.ticks());
     let event = if idle > tables.config().timeouts.of(key.protocol, state) {
         SessionEvent::Expired
     } else if mode == SweepMode::ALL && matches!(state.phase(), Phase::Opening | Phase::Live) {

@@ -19,7 +19,7 @@ pub(super) const fn by_client(state: State, protocol: u16, segment: &Segment) ->
         let over = state.any(State::RESET_CLIENT | State::RESET_POD)
             || state.all(State::FIN_CLIENT | State::FIN_POD);
         // The port is used again (RFC 9293 section 3.6.1, TIME-WAIT): a handshake begins.
-        return if over { State::new(Phase::Opening) } else { state };
+        return if over { State::new(Phase::Opening).expecting(state.acknowledgement()) } else { state };
     }
     let state = state.without(State::RESET_CLIENT);
     let state = if segment.any(Segment::FIN) { state.with(State::FIN_CLIENT) } else { state };
@@ -32,6 +32,10 @@ pub(super) const fn by_client(state: State, protocol: u16, segment: &Segment) ->
 /// After a packet of the pod.
 #[inline(always)]
 pub(super) const fn by_pod(state: State, protocol: u16, segment: &Segment) -> State {
+    // Whoever claims or removes it relies on the word. A pod that answers before it was asked means a session before.
+    if matches!(state.phase(), Phase::Claimed | Phase::Dead) {
+        return state;
+    }
     if protocol != TCP {
         return state.with(State::REPLIED);
     }
@@ -153,6 +157,13 @@ mod tests {
         let answered = by_pod(OPENING, UDP, &none);
         assert_eq!(answered.phase(), Phase::Opening);
         assert_eq!(by_client(answered, UDP, &none).phase(), Phase::Live);
+    }
+
+    #[test]
+    fn nobody_interferes_with_a_claim() {
+        let claimed = State::of_flow(Phase::Claimed, 7);
+        assert_eq!(by_pod(claimed, UDP, &Segment::default()), claimed);
+        assert_eq!(by_pod(claimed, TCP, &syn_ack()), claimed);
     }
 
     #[test]

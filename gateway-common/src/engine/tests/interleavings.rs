@@ -511,6 +511,16 @@ fn two_flows_want_one_port() {
     );
 }
 
+/// The pod goes on with what was a session before, on the same port.
+#[test]
+fn a_reply_against_the_opening() {
+    in_all_ways(
+        Interleaved::new,
+        [|tables| drop(tables.run(&syn(ALICE))), |tables| drop(tables.run(&syn_ack()))],
+        |tables| assert_eq!(sessions(tables), 1),
+    );
+}
+
 #[test]
 fn the_last_slot_is_taken_from_two_sides() {
     in_all_ways(

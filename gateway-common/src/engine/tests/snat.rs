@@ -333,7 +333,8 @@ fn a_connection_lives_from_the_matching_acknowledgement_to_both_fins() {
     assert!(state(&tables).all(State::FIN_CLIENT | State::FIN_POD));
     // The same port again, within TIME-WAIT.
     sent(&tables, &tcp(FOREIGN, 5555, SYN, 9000, 0), Outcome::SnatForward);
-    assert_eq!(state(&tables), State::new(Phase::Opening));
+    let again = state(&tables);
+    assert_eq!(again, State::new(Phase::Opening).expecting(again.acknowledgement()));
     sent(&tables, &tcp_reply(5555, SYN | ACK, 700, 9001), Outcome::SnatReply);
     sent(&tables, &tcp(FOREIGN, 5555, ACK, 9001, 701), Outcome::SnatForward);
     assert_eq!(phase(&tables), Phase::Live);
@@ -713,7 +714,8 @@ fn a_session_that_got_stuck_half_made_is_removed_after_a_while() {
             .find(|(key, _)| key.port.get() == 1002)
             .map(|(key, entry)| (*key, entry.clone()))
             .unwrap();
-        assert!(stuck.exchange(stuck.state(), State::new(phase)));
+        let since = State::new(phase).expecting(tables.sessions.now.get());
+        assert!(stuck.exchange(stuck.state(), since));
         assert!(!sweep(&tables, &key, SweepMode::ALL), "somebody is at work on it");
         wait(&tables, ticks(6));
         assert!(sweep(&tables, &key, SweepMode::EXPIRED));

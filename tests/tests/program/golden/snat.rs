@@ -343,6 +343,20 @@ pub(super) fn refused_pods(world: &World) -> Vec<Case> {
     };
     let other = |protocol| Ip::new(pod(PLAIN), SNAT, protocol, vec![0x42; 40]);
     let large = Ip::udp(pod(PLAIN), SNAT, (53, 8003), &[0x6d; 1473]);
+    // With DF the pod gets the error, from the address that it sent to.
+    let set = Ip { dont_fragment: true, ..Ip::udp(pod(PLAIN), SNAT, (53, 8006), &[0x6d; 1473]) };
+    let error = Ip { ttl: 65, ..Ip::too_big(SNAT, &set, 1500) };
+    let (node, config) = (world.nodes[&PLAIN].clone(), *world.config());
+    let too_large = Case::to_node(
+        "snat-pod-too-big",
+        world,
+        Outcome::SnatTooBigReply,
+        &node.clone(),
+        from(PLAIN, &set),
+        move |port| node.carries(&config, &error, port),
+    )
+    .after([open(8006)]);
+    let direct = Ip { dont_fragment: true, ..Ip::udp(pod(DIRECT), SNAT, (53, 8007), &[0x6d; 1473]) };
     let opened = ReverseKey {
         pod: Ipv4::new(pod(PLAIN)),
         address: Ipv4::new(SNAT),
@@ -366,6 +380,14 @@ pub(super) fn refused_pods(world: &World) -> Vec<Case> {
             FromNode::new(world, PLAIN, &answer(8001)).from([172, 16, 2, 77]).bytes()
         }),
         drop("oversize", Outcome::SnatReplyOversize, &large).after([open(8003)]),
+        too_large,
+        Case::transmit(
+            "snat-pod-too-big-direct",
+            Outcome::SnatTooBigReply,
+            world.underlay_link().ip(&direct),
+            world.nodes[&DIRECT].link.ip(&Ip::too_big(SNAT, &direct, 1500)),
+        )
+        .after([world.client_link().ip(&Ip::udp(FOREIGN, pod(DIRECT), (8007, 53), b"question"))]),
         drop("port-is-absent", Outcome::SnatNoPort, &answer(8004)).after([open(8004)]).once(move |subject| {
             let table = subject.table::<ReverseKey, Reverse>(map::REVERSE);
             let mut entry = table.lookup(&opened).unwrap().expect("the session is there");
