@@ -52,14 +52,10 @@ pub enum Request {
 
 impl Request {
     /// Every request there is.
-    pub const ALL: [Self; 6] = [
-        Self::List(Kind::Node),
-        Self::List(Kind::Pod),
-        Self::Watch(Kind::Node),
-        Self::Watch(Kind::Pod),
-        Self::NetConf(FLANNEL_NAMESPACES[0]),
-        Self::NetConf(FLANNEL_NAMESPACES[1]),
-    ];
+    pub fn all() -> impl Iterator<Item = Self> {
+        let kinds = Kind::ALL.into_iter().flat_map(|kind| [Self::List(kind), Self::Watch(kind)]);
+        kinds.chain(FLANNEL_NAMESPACES.map(Self::NetConf))
+    }
 
     /// What it needs.
     pub fn right(self) -> Right {
