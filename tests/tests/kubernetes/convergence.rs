@@ -202,9 +202,8 @@ impl Scene {
             Step::Compact => self.subject.compact(),
             Step::Disconnect => self.subject.disconnect(),
             Step::RestartServer => {
-                let server = self.subject.server.as_mut().expect("a test server");
-                server.stop().unwrap();
-                server.restart().unwrap();
+                self.subject.stop_server();
+                self.subject.restart_server();
             }
             Step::Fault(fault) => {
                 let fault = match fault {

@@ -5,14 +5,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway::cluster::kubernetes::{Access, Link};
+use gateway::cluster::kubernetes::{Access, Link, Timing};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::{
+    Api,
+    api::{Patch, PatchParams},
+};
 use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::{
-    objects::{address, node, node_name, on, running},
+    objects::{address, node, on, running},
     observer::{Observer, TIMING},
-    subject::{Subject, is_real},
+    subject::{RUNTIME, Subject, is_real},
 };
 
 /// A cluster of three nodes with two pods each: several pages.
@@ -81,12 +86,12 @@ fn after_compaction_only_what_is_gone_goes() {
     subject.fault(&json!({ "fault": { "kind": "status", "code": 503 } }));
     subject.disconnect();
     observer.wait("the source notices", |observer| !observer.health.freshness().connected);
-    subject.delete_pod("pod-3-2", 0);
-    subject.create_pod("late", &on(&subject.run, 1), &running(address(1, 77)));
-    subject.compact();
     observer.release(|steady| {
         steady.pods.remove(&(0, address(3, 2)));
     });
+    subject.delete_pod("pod-3-2", 0);
+    subject.create_pod("late", &on(&subject.run, 1), &running(address(1, 77)));
+    subject.compact();
     subject.heal();
     observer.converge(&subject);
     observer.wait_healthy();
@@ -99,18 +104,18 @@ fn while_the_server_is_away_everything_stays() {
     let observer = Observer::start(&subject);
     observer.converge(&subject);
     let before = observer.table();
-    subject.server.as_mut().unwrap().stop().unwrap();
+    subject.stop_server();
     let problem = observer.wait_problem(|problem| problem.what.contains("cannot be reached"));
     assert!(problem.what.contains("refused"), "{problem}");
     thread::sleep(Duration::from_secs(1));
     let freshness = observer.health.freshness();
     assert!(!freshness.connected && freshness.heard.is_some());
     assert_eq!(observer.table(), before);
-    subject.server.as_mut().unwrap().restart().unwrap();
-    subject.delete_pod("pod-2-2", 0);
     observer.release(|steady| {
         steady.pods.remove(&(0, address(2, 2)));
     });
+    subject.restart_server();
+    subject.delete_pod("pod-2-2", 0);
     observer.converge(&subject);
     observer.wait_healthy();
 }
@@ -122,12 +127,12 @@ fn a_restart_without_a_server_takes_nothing_away() {
     let mut observer = Observer::start(&subject);
     observer.converge(&subject);
     let before = observer.table();
-    subject.server.as_mut().unwrap().stop().unwrap();
+    subject.stop_server();
     observer.restart(&subject);
     observer.wait_problem(|problem| problem.what.contains("cannot be reached"));
     assert_eq!(observer.table(), before);
     assert!(!observer.is_listed());
-    subject.server.as_mut().unwrap().restart().unwrap();
+    subject.restart_server();
     observer.converge(&subject);
 }
 
@@ -164,7 +169,8 @@ fn a_malformed_object_holds_up_nobody() {
 fn without_the_right_to_pods_nodes_are_used() {
     let Some(subject) = cluster() else { return };
     subject.fault(&json!({ "fault": { "kind": "status", "code": 403 }, "resource": "pods" }));
-    let observer = Observer::start(&subject);
+    let timing = Timing { partial: 3, ..TIMING };
+    let observer = Observer::with(&subject, Link::new(subject.access()), timing);
     let problem = observer.wait_problem(|problem| problem.what.contains("403"));
     assert!(problem.what.contains("may not list pods"), "{problem}");
     assert!(problem.what.contains(r#"cannot list resource "pods""#), "{problem}");
@@ -265,8 +271,24 @@ fn an_exec_plugin_gives_credentials() {
 #[test]
 fn flannel_s_configuration_is_compared() {
     let Some(subject) = cluster() else { return };
-    let observer = Observer::start(&subject);
-    observer.converge(&subject);
+    let observer = Observer::of_flannel(&subject);
+    let maps: Api<ConfigMap> = Api::namespaced(subject.client(), "kube-flannel");
+    let write = |conf: Value| {
+        let map = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "kube-flannel-cfg" },
+            "data": { "net-conf.json": conf.to_string() },
+        });
+        let parameters = PatchParams::apply("test").force();
+        RUNTIME.block_on(maps.patch("kube-flannel-cfg", &parameters, &Patch::Apply(&map))).unwrap();
+    };
+    write(json!({ "Network": "198.18.0.0/15", "Backend": { "Type": "vxlan", "VNI": 4096 } }));
+    let problem = observer.wait_problem(|problem| problem.what.contains("Backend.VNI"));
+    assert!(
+        problem.place.contains("kube-flannel/kube-flannel-cfg") && problem.remedy.contains("vni = 4096"),
+        "{problem}"
+    );
+    write(json!({ "Network": "198.18.0.0/15", "EnableIPv6": true, "Backend": { "Type": "vxlan" } }));
+    observer.wait_problem(|problem| problem.what.contains("dual-stack"));
+    write(json!({ "Network": "198.18.0.0/15", "Backend": { "Type": "vxlan" } }));
     observer.wait_healthy();
-    assert!(node_name(&subject.run, 1).starts_with("gateway-test"));
 }

@@ -14,6 +14,7 @@ use gateway::{
         model::Event,
         problem::{Problem, ProblemList},
     },
+    config::Config,
     plan::{Desired, Planner},
 };
 use tokio::{sync::mpsc, task::JoinHandle};
@@ -34,6 +35,8 @@ pub(crate) const TIMING: Timing = Timing {
     idle: Duration::from_millis(1000),
     watch: Duration::from_secs(5),
     nonsense: 3,
+    // Faults that pass are no reason to go on without a kind.
+    partial: 1000,
     net_conf: Duration::from_millis(200),
 };
 
@@ -55,14 +58,21 @@ struct State {
 }
 
 impl State {
-    /// Takes an event and writes what it changes, as the daemon does: before the source is complete nothing is removed.
+    /// Takes an event and writes what it changes, as the daemon does: nothing before the source has been listed, and
+    /// before it is complete nothing is removed.
     fn take(&mut self, event: &Event) {
-        let synced = self.planner.is_synced();
+        let (listed, synced) = (self.planner.is_listed(), self.planner.is_synced());
         let changes = self.planner.apply(event);
         let (goal, complete) = (self.planner.desired(), self.planner.is_synced());
         if complete && !synced {
             self.table = goal.clone();
-        } else {
+        } else if self.planner.is_listed() && !listed {
+            let Desired { vteps, pods, prefixes, sources } = goal.clone();
+            self.table.vteps.extend(vteps);
+            self.table.pods.extend(pods);
+            self.table.prefixes.extend(prefixes);
+            self.table.sources.extend(sources);
+        } else if listed {
             for key in &changes.vteps {
                 write(&mut self.table.vteps, &goal.vteps, key, complete);
             }
@@ -128,8 +138,18 @@ impl Observer {
         Self::with(subject, Link::new(subject.access()), TIMING)
     }
 
+    /// With flannel's own annotations.
+    pub(crate) fn of_flannel(subject: &Subject) -> Self {
+        let mut config = config(subject.access());
+        config.overlays[0].annotation_prefix = "flannel.alpha.coreos.com/".to_owned();
+        Self::of(config, Link::new(subject.access()), TIMING)
+    }
+
     pub(crate) fn with(subject: &Subject, link: Link, timing: Timing) -> Self {
-        let config = config(subject.access());
+        Self::of(config(subject.access()), link, timing)
+    }
+
+    fn of(config: Config, link: Link, timing: Timing) -> Self {
         let state = State {
             planner: Planner::new(&config.overlays),
             table: Desired::default(),
@@ -143,13 +163,12 @@ impl Observer {
             health: Health::default(),
             tasks: Vec::new(),
         };
-        observer.run(subject, link, timing);
+        observer.run(config, link, timing);
         observer
     }
 
-    fn run(&mut self, subject: &Subject, link: Link, timing: Timing) {
+    fn run(&mut self, config: Config, link: Link, timing: Timing) {
         let (sender, mut receiver) = mpsc::channel(16);
-        let config = config(subject.access());
         let (problems, health) = (self.problems.clone(), self.health.clone());
         let source = kubernetes::watch(Arc::new(link), config, timing, sender, problems, health);
         let state = self.state.clone();
@@ -166,9 +185,9 @@ impl Observer {
     /// The daemon ends and starts again: what it knew is gone, the tables stay.
     pub(crate) fn restart(&mut self, subject: &Subject) {
         self.stop();
-        let overlays = config(subject.access()).overlays;
-        self.lock().planner = Planner::new(&overlays);
-        self.run(subject, Link::new(subject.access()), TIMING);
+        let config = config(subject.access());
+        self.lock().planner = Planner::new(&config.overlays);
+        self.run(config, Link::new(subject.access()), TIMING);
     }
 
     fn stop(&mut self) {

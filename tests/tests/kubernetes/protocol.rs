@@ -228,7 +228,7 @@ fn status_is_written_by_itself() {
 fn leases_are_kept() {
     let subject = Subject::start();
     RUNTIME.block_on(async {
-        let leases: Api<Lease> = Api::namespaced(subject.client.clone(), &subject.run);
+        let leases: Api<Lease> = Api::namespaced(subject.client(), &subject.run);
         let lease = json!({
             "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": { "name": "l" },
             "spec": { "holderIdentity": "me", "leaseDurationSeconds": 40 },

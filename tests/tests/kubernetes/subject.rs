@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process,
     sync::{
-        LazyLock,
+        LazyLock, RwLock,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -35,7 +35,7 @@ pub(crate) struct Subject {
     /// Absent if it is a real one.
     pub(crate) server: Option<ApiServer>,
     kubeconfig: PathBuf,
-    pub(crate) client: Client,
+    client: RwLock<Client>,
     /// Value of the label of everything that this test makes; also the namespace of its pods.
     pub(crate) run: String,
     _directory: tempfile::TempDir,
@@ -65,14 +65,13 @@ impl Subject {
         };
         let client = RUNTIME.block_on(api::client(&kubeconfig)).unwrap();
         let run = format!("gateway-test-{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let client = RwLock::new(client);
         let subject = Self { server, kubeconfig, client, run, _directory: directory };
         let namespace = json!({
             "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": subject.run, "labels": { LABEL: subject.run } },
         });
         let namespace: Namespace = serde_json::from_value(namespace).unwrap();
-        RUNTIME
-            .block_on(Api::all(subject.client.clone()).create(&PostParams::default(), &namespace))
-            .unwrap();
+        RUNTIME.block_on(Api::all(subject.client()).create(&PostParams::default(), &namespace)).unwrap();
         subject
     }
 
@@ -91,7 +90,7 @@ impl Subject {
 
     /// The controls; a real server has none.
     pub(crate) fn controls(&self) -> Option<Controls> {
-        self.server.as_ref().map(|_| Controls(self.client.clone()))
+        self.server.as_ref().map(|_| Controls(self.client()))
     }
 
     /// Adds a fault to a test server.
@@ -109,14 +108,33 @@ impl Subject {
 
     pub(crate) fn disconnect(&self) {
         RUNTIME.block_on(self.controls().expect("a test server").disconnect()).unwrap();
+        self.renew();
+    }
+
+    pub(crate) fn stop_server(&mut self) {
+        self.server.as_mut().expect("a test server").stop().unwrap();
+    }
+
+    pub(crate) fn restart_server(&mut self) {
+        self.server.as_mut().expect("a test server").restart().unwrap();
+        self.renew();
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        self.client.read().unwrap().clone()
+    }
+
+    /// Our own connections are gone as well; the next request must not find that out.
+    fn renew(&self) {
+        *self.client.write().unwrap() = RUNTIME.block_on(api::client(&self.kubeconfig)).unwrap();
     }
 
     pub(crate) fn nodes(&self) -> Api<Node> {
-        Api::all(self.client.clone())
+        Api::all(self.client())
     }
 
     pub(crate) fn pods(&self) -> Api<Pod> {
-        Api::namespaced(self.client.clone(), &self.run)
+        Api::namespaced(self.client(), &self.run)
     }
 
     /// Creates a Node, with its status.
@@ -177,7 +195,7 @@ impl Subject {
     pub(crate) fn expected(&self) -> Desired {
         let all = ListParams::default();
         let (nodes, pods) = RUNTIME.block_on(async {
-            let pods: Api<Pod> = Api::all(self.client.clone());
+            let pods: Api<Pod> = Api::all(self.client());
             (self.nodes().list(&all).await.unwrap(), pods.list(&all).await.unwrap())
         });
         let mut planner = Planner::new(&config(self.access()).overlays);
@@ -204,7 +222,7 @@ impl Drop for Subject {
         RUNTIME.block_on(async {
             let _ = self.pods().delete_collection(&now, &ours).await;
             let _ = self.nodes().delete_collection(&now, &ours).await;
-            let namespaces: Api<Namespace> = Api::all(self.client.clone());
+            let namespaces: Api<Namespace> = Api::all(self.client());
             let _ = namespaces.delete(&self.run, &DeleteParams::default()).await;
         });
     }

@@ -171,9 +171,11 @@ impl Follower {
         self.health.lost(self.kind);
         if failure != Failure::Gone {
             self.tell(Some(&failure)).await;
-            self.join.failed(self.kind, &self.events).await?;
         }
         let pause = self.pause.next(failure.retry_after());
+        if self.pause.failures() >= self.timing.partial {
+            self.join.failed(self.kind, &self.events).await?;
+        }
         debug!("{}: {failure:?}; trying again in {pause:?}", self.kind.plural());
         tokio::select! {
             () = sleep(pause) => Ok(()),

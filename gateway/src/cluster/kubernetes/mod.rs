@@ -85,6 +85,8 @@ pub struct Timing {
     pub watch: Duration,
     /// So often in a row something at one position may make no sense before everything is listed again.
     pub nonsense: u32,
+    /// After so many failures in a row what the other kinds say is used without this one.
+    pub partial: u32,
     /// How often flannel's configuration is looked at.
     pub net_conf: Duration,
 }
@@ -98,6 +100,7 @@ impl Default for Timing {
             idle: Duration::from_secs(90),
             watch: Duration::from_secs(290),
             nonsense: 3,
+            partial: 4,
             net_conf: Duration::from_secs(300),
         }
     }
