@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// How long an API server may take to list everything.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// How long one that has failed may take to do better.
 const SECOND_CHANCE: Duration = Duration::from_secs(2);
 

@@ -14,7 +14,7 @@ use super::failure::Failure;
 /// Longest wait for a connection.
 const CONNECT: Duration = Duration::from_secs(10);
 /// Longest wait for an exec plugin.
-const PLUGIN: Duration = Duration::from_secs(60);
+const PLUGIN: Duration = Duration::from_mins(1);
 
 /// Which API server, and as whom.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    future::Future,
     sync::Arc,
 };
 
@@ -36,6 +35,9 @@ use crate::{
 /// The receiver of the events is gone.
 #[derive(Debug)]
 pub(super) struct Abandoned;
+
+/// The decoder comes back with what it read.
+type Decoded = (Decoder, Result<Page, String>);
 
 /// How an attempt ended.
 type Outcome = Result<Result<(), Failure>, Abandoned>;
@@ -293,13 +295,7 @@ impl Follower {
     }
 
     /// Reads a page on another thread; what stands beside its items comes first.
-    fn decode(
-        &mut self,
-        text: Vec<u8>,
-    ) -> (
-        oneshot::Receiver<ListMeta>,
-        impl Future<Output = Result<(Decoder, Result<Page, String>), task::JoinError>> + use<>,
-    ) {
+    fn decode(&mut self, text: Vec<u8>) -> (oneshot::Receiver<ListMeta>, task::JoinHandle<Decoded>) {
         let (sender, receiver) = oneshot::channel();
         let mut decoder = self.decoder.take().expect("put back after every page");
         let work = task::spawn_blocking(move || {

@@ -101,7 +101,7 @@ impl Default for Timing {
             watch: Duration::from_secs(290),
             nonsense: 3,
             partial: 4,
-            net_conf: Duration::from_secs(300),
+            net_conf: Duration::from_mins(5),
         }
     }
 }

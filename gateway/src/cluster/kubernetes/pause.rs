@@ -5,7 +5,7 @@ use std::time::Duration;
 use rand::RngExt as _;
 
 /// The server may ask for more patience, but not for any amount.
-const LONGEST_WISH: Duration = Duration::from_secs(300);
+const LONGEST_WISH: Duration = Duration::from_mins(5);
 
 /// Doubles with every failure in a row, and is never quite the same: gateways that lost their server together must not
 /// come back together.

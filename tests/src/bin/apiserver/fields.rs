@@ -119,7 +119,7 @@ pub(crate) fn get<'v>(value: &'v Value, path: &[Step]) -> Option<&'v Value> {
     path.iter().try_fold(value, |value, step| match step {
         Step::Field(name) => value.get(name),
         Step::Item(key) => value.as_array()?.iter().find(|item| is_item(item, key)),
-        Step::Member(member) => value.as_array()?.iter().find(|item| item.to_string() == *member),
+        Step::Member(member) => value.as_array()?.iter().find(|item| is_member(item, member)),
     })
 }
 
@@ -127,6 +127,11 @@ pub(crate) fn get<'v>(value: &'v Value, path: &[Step]) -> Option<&'v Value> {
 fn is_item(item: &Value, key: &str) -> bool {
     let Ok(Value::Object(key)) = serde_json::from_str(key) else { return false };
     key.iter().all(|(name, value)| item.get(name) == Some(value))
+}
+
+/// Whether an item of a set is the one that JSON text stands for.
+fn is_member(item: &Value, member: &str) -> bool {
+    serde_json::from_str::<Value>(member).is_ok_and(|member| member == *item)
 }
 
 /// Puts a value at a path, with what is needed on the way.
@@ -158,7 +163,7 @@ pub(crate) fn set(target: &mut Value, path: &[Step], value: Value) {
                 *target = json!([]);
             }
             let Some(items) = target.as_array_mut() else { return };
-            if !items.iter().any(|item| item.to_string() == *member) {
+            if !items.iter().any(|item| is_member(item, member)) {
                 items.push(value);
             }
         }
@@ -194,7 +199,7 @@ pub(crate) fn remove(target: &mut Value, path: &[Step]) {
         }
         Step::Member(member) => {
             if let Some(items) = target.as_array_mut() {
-                items.retain(|item| item.to_string() != *member);
+                items.retain(|item| !is_member(item, member));
             }
         }
     }

@@ -39,7 +39,7 @@ pub(crate) struct Shared {
     store: Mutex<Store>,
     faults: Mutex<Faults>,
     /// How often each thing was asked for.
-    requests: Mutex<BTreeMap<String, (Value, u64)>>,
+    requests: Mutex<BTreeMap<String, Asked>>,
     /// Changes when all connections are to end.
     pub(crate) disconnect: channel::Sender<u64>,
 }
@@ -65,6 +65,13 @@ impl Shared {
     }
 }
 
+/// Something that was asked for, and how often.
+#[derive(Debug)]
+struct Asked {
+    entry: Value,
+    count: u64,
+}
+
 /// Equality and inequality of labels and fields.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Selector {
@@ -81,14 +88,9 @@ struct Term {
 impl Selector {
     fn parse(labels: Option<&String>, fields: Option<&String>) -> Result<Self, Failure> {
         let mut terms = Vec::new();
-        let label_path = |key: &str| vec!["metadata".to_owned(), "labels".to_owned(), key.to_owned()];
-        let field_path = |key: &str| key.split('.').map(str::to_owned).collect::<Vec<_>>();
-        let lists: [(Option<&String>, &dyn Fn(&str) -> Vec<String>); 2] =
-            [(labels, &label_path), (fields, &field_path)];
-        for (list, path) in lists {
-            for text in
-                list.map(String::as_str).unwrap_or_default().split(',').filter(|text| !text.is_empty())
-            {
+        for (list, above) in [(labels, &["metadata", "labels"][..]), (fields, &[])] {
+            let texts = list.map(String::as_str).unwrap_or_default().split(',');
+            for text in texts.filter(|text| !text.is_empty()) {
                 let (key, value, equal) = if let Some((key, value)) = text.split_once("!=") {
                     (key, value, false)
                 } else if let Some((key, value)) = text.split_once('=') {
@@ -96,7 +98,11 @@ impl Selector {
                 } else {
                     return Err(Failure::bad_request(format!("selector {text:?} is not supported here")));
                 };
-                terms.push(Term { path: path(key.trim()), value: value.trim().to_owned(), equal });
+                // The key of a label has dots that mean nothing.
+                let steps: Vec<&str> =
+                    if above.is_empty() { key.trim().split('.').collect() } else { vec![key.trim()] };
+                let path = above.iter().chain(&steps).map(|step| (*step).to_owned()).collect();
+                terms.push(Term { path, value: value.trim().to_owned(), equal });
             }
         }
         Ok(Self { terms })
@@ -366,7 +372,7 @@ fn record(shared: &Shared, user: &User, wish: &Wish) {
         "namespace": wish.namespace, "name": wish.name,
     });
     let mut requests = shared.requests.lock().unwrap_or_else(PoisonError::into_inner);
-    requests.entry(entry.to_string()).or_insert((entry, 0)).1 += 1;
+    requests.entry(entry.to_string()).or_insert(Asked { entry, count: 0 }).count += 1;
 }
 
 async fn read(request: Request<Incoming>) -> Result<Bytes, Failure> {
@@ -687,7 +693,9 @@ fn control(shared: &Shared, method: &Method, what: &str, body: &[u8]) -> Result<
             let list = if body.is_array() { body } else { json!([body]) };
             let faults: Vec<Fault> = serde_json::from_value(list)
                 .map_err(|error| Failure::bad_request(format!("no fault: {error}")))?;
-            faults.into_iter().for_each(|fault| shared.faults().add(fault));
+            for fault in faults {
+                shared.faults().add(fault);
+            }
             done()
         }
         (&Method::GET, "faults") => Ok(reply(StatusCode::OK, &json!(shared.faults().list()))),
@@ -707,9 +715,9 @@ fn control(shared: &Shared, method: &Method, what: &str, body: &[u8]) -> Result<
             let requests = shared.requests.lock().unwrap_or_else(PoisonError::into_inner);
             let list: Vec<Value> = requests
                 .values()
-                .map(|(entry, count)| {
-                    let mut entry = entry.clone();
-                    entry["count"] = json!(count);
+                .map(|asked| {
+                    let mut entry = asked.entry.clone();
+                    entry["count"] = json!(asked.count);
                     entry
                 })
                 .collect();

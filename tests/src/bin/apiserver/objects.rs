@@ -288,7 +288,7 @@ fn apply(
     let mut owners = fields::owners(&live);
     let conflicts = conflicts(&live, &config, &wanted, &owners, writer);
     if !conflicts.is_empty() && !force {
-        return Err(conflict(conflicts));
+        return Err(conflict(&conflicts));
     }
     let own = owners.iter().find(|owner| is_of(owner, writer, "Apply")).map(|owner| owner.fields.clone());
     owners.retain(|owner| !is_of(owner, writer, "Apply"));
@@ -335,9 +335,9 @@ fn conflicts(
         .collect()
 }
 
-fn conflict(conflicts: Vec<(String, Path)>) -> Failure {
+fn conflict(conflicts: &[(String, Path)]) -> Failure {
     let mut by_manager: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (manager, path) in &conflicts {
+    for (manager, path) in conflicts {
         by_manager.entry(manager.clone()).or_default().push(fields::display(path));
     }
     let count = conflicts.len();
