@@ -32,7 +32,7 @@ pub(crate) const TIMING: Timing = Timing {
     page: 3,
     first_pause: Duration::from_millis(5),
     longest_pause: Duration::from_millis(100),
-    idle: Duration::from_millis(1000),
+    idle: Duration::from_secs(1),
     watch: Duration::from_secs(5),
     nonsense: 3,
     // Faults that pass are no reason to go on without a kind.
@@ -141,7 +141,7 @@ impl Observer {
     /// With flannel's own annotations.
     pub(crate) fn of_flannel(subject: &Subject) -> Self {
         let mut config = config(subject.access());
-        config.overlays[0].annotation_prefix = "flannel.alpha.coreos.com/".to_owned();
+        "flannel.alpha.coreos.com/".clone_into(&mut config.overlays[0].annotation_prefix);
         Self::of(config, Link::new(subject.access()), TIMING)
     }
 
