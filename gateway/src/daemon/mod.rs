@@ -36,7 +36,7 @@ use self::{
 use crate::{
     cluster::{
         self,
-        kubernetes::{self, Health, Link, Timing},
+        kubernetes::{self, Health, Timing},
         model,
     },
     config::{Config, Overlay, Source, XdpMode},
@@ -233,7 +233,7 @@ impl Daemon {
                 tokio::spawn(cluster::files::watch(path.clone(), sender, self.problems.source()))
             }
             Source::Kubernetes(access) => {
-                let link = Arc::new(Link::new(access.clone()));
+                let link = Arc::new(kubernetes::Link::new(access.clone()));
                 let (config, problems) = (self.config.clone(), self.problems.source());
                 let health = self.health.insert(Health::default()).clone();
                 tokio::spawn(kubernetes::watch(link, config, Timing::default(), sender, problems, health))

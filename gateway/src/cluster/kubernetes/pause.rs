@@ -72,6 +72,6 @@ mod tests {
         let wish = Duration::from_secs(7);
         let next = pause.next(Some(wish));
         assert!(next > wish && next <= wish + FIRST, "{next:?}");
-        assert!(pause.next(Some(Duration::from_secs(86_400))) <= LONGEST_WISH + FIRST);
+        assert!(pause.next(Some(Duration::from_hours(24))) <= LONGEST_WISH + FIRST);
     }
 }
