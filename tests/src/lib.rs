@@ -4,5 +4,7 @@
 //! code of the gateway. So a suite that passes here says something about real nodes.
 //!
 //! - [`lab`]: hosts, wires, topologies, traffic, captures.
+//! - [`api`]: a Kubernetes API server for tests, a process of its own.
 
+pub mod api;
 pub mod lab;

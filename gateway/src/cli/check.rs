@@ -1,26 +1,21 @@
-//! `gateway check`: whether configuration, manifests and host are fit to run a gateway.
+//! `gateway check`: whether configuration, cluster and host are fit to run a gateway.
 
 mod ethtool;
 mod host;
 mod slow_path;
+mod source;
 mod system;
 
-use std::{fmt::Write as _, process::ExitCode, time::Duration};
+use std::{fmt::Write as _, process::ExitCode};
 
 use clap::Args as ClapArgs;
 use serde::Serialize;
 
 use super::{FOUND, output, runtime};
 use crate::{
-    cluster::{
-        files::Directory,
-        flannel::NodeSkip,
-        model::Event,
-        problem::{Problem, ProblemList, Severity},
-    },
-    config::{Config, Options, Source},
+    cluster::problem::{Problem, Severity},
+    config::Options,
     kernel::{host::Host, netlink},
-    plan::Planner,
 };
 
 /// Arguments of `check`.
@@ -95,9 +90,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 options.location.config.display().to_string(),
                 format!("valid; instance {}", config.instance),
             ));
-            findings.extend(manifests(&config));
-            findings.extend(system::findings(Some(&config)));
             let runtime = runtime()?;
+            findings.extend(runtime.block_on(source::findings(&config)));
+            findings.extend(system::findings(Some(&config)));
             let host = runtime.block_on(async { anyhow::Ok(Host::read(&netlink::connect()?).await?) })?;
             findings.extend(host::findings(&config, &host));
             findings.extend(runtime.block_on(slow_path::findings(&config, &host)));
@@ -147,58 +142,6 @@ fn report(findings: &[Finding]) -> String {
         count(Level::Fail)
     );
     text
-}
-
-/// Reads the manifests once, and plans them as the daemon would.
-fn manifests(config: &Config) -> Vec<Finding> {
-    let Source::Files { path } = &config.source;
-    let problems = ProblemList::default();
-    let mut directory = Directory::new(path, problems.clone(), Duration::ZERO);
-    let mut planner = Planner::new(&config.overlays);
-    let found = directory.rescan();
-    let mut findings: Vec<Finding> = problems.all().into_iter().map(Finding::from).collect();
-    let Some(found) = found else { return findings };
-    for event in found.events.iter().chain([&Event::Synced]) {
-        planner.apply(event);
-    }
-    findings.extend(planner.problems().into_iter().map(Finding::from));
-
-    let desired = planner.desired();
-    let skipped = planner.skipped_nodes().filter(|(_, _, reason)| *reason == NodeSkip::NotFlannel).count();
-    let mut summary = format!(
-        "VTEPs: {}, pods: {}, pod CIDRs: {}",
-        desired.vteps.len(),
-        desired.pods.len(),
-        desired.prefixes.len()
-    );
-    if skipped > 0 {
-        let _ = write!(summary, "; nodes that are not flannel's: {skipped}");
-    }
-    for (reason, count) in planner.skipped_pods() {
-        let _ = write!(summary, "; pods left out ({reason}): {count}");
-    }
-    if directory.ignored() > 0 {
-        let _ = write!(summary, "; objects of other kinds: {}", directory.ignored());
-    }
-    findings.push(Finding::ok(path.display().to_string(), summary));
-
-    for (id, overlay) in (0..).zip(&config.overlays) {
-        let own = planner.skipped_nodes().find(|(of, _, reason)| *of == id && *reason == NodeSkip::Own);
-        findings.push(match own {
-            Some((_, name, _)) => {
-                Finding::ok(format!("overlay {}", overlay.name), format!("Node {name} announces this gateway"))
-            }
-            None => Finding::warn(
-                format!("overlay {}", overlay.name),
-                format!("no Node in the manifests announces this gateway ({}, {})", overlay.local, overlay.mac),
-                format!(
-                    "pods can answer only if the cluster has a Node with public-ip {}, VtepMAC {} and podCIDR {}",
-                    overlay.local, overlay.mac, overlay.subnet
-                ),
-            ),
-        });
-    }
-    findings
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use super::{
     runtime,
 };
 use crate::{
+    cluster::kubernetes::Freshness,
     config::{Config, Location, XdpMode, snat::session_memory},
     daemon::report::{Report, SourceReport, VtepReport, now},
     dataplane::{
@@ -205,6 +206,13 @@ fn collect(config: &Config) -> anyhow::Result<Status> {
         if !report.source.synchronised {
             problems.push(format!("the source {} is not synchronised yet", report.source.location));
         }
+        if let Some(freshness) = report.source.freshness.filter(|freshness| !freshness.connected) {
+            problems.push(format!(
+                "the source {} is not connected: {}; what is known goes on being forwarded",
+                report.source.location,
+                knowledge(&freshness)
+            ));
+        }
         attention.extend(
             report
                 .problems
@@ -326,6 +334,14 @@ fn fill(status: &mut Status, config: &Config, tables: &Tables) -> anyhow::Result
     Ok(())
 }
 
+/// How old what is known of the cluster is.
+fn knowledge(freshness: &Freshness) -> String {
+    freshness.heard.map_or_else(
+        || "nothing is known yet".to_owned(),
+        |heard| format!("the knowledge is {} old", age(now().saturating_sub(heard))),
+    )
+}
+
 fn print(status: &Status) -> anyhow::Result<()> {
     let mut head = format!("instance {}: ", status.instance);
     match &status.daemon {
@@ -337,6 +353,10 @@ fn print(status: &Status) -> anyhow::Result<()> {
             let state = if daemon.source.synchronised { "synchronised" } else { "not synchronised" };
             writeln!(head, "running as process {} for {}", daemon.pid, age(daemon.uptime_seconds))?;
             write!(head, "source {}: {state}, {heard}", daemon.source.location)?;
+            if let Some(freshness) = &daemon.source.freshness {
+                let connection = if freshness.connected { "connected" } else { "not connected" };
+                write!(head, "; {connection}, {}", knowledge(freshness))?;
+            }
         }
         None => head.push_str("not running"),
     }

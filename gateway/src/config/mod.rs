@@ -14,7 +14,7 @@ pub mod snat;
 mod validate;
 
 use std::{
-    fs,
+    fmt, fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
 };
@@ -25,6 +25,8 @@ use gateway_common::{
     wire::{Mac, Vni},
 };
 use ipnet::Ipv4Net;
+
+use crate::cluster::kubernetes::Access;
 
 pub use options::{Location, Options, Overrides};
 pub use parse::DEFAULT_BPFFS;
@@ -58,6 +60,17 @@ pub enum Source {
         /// The directory.
         path: PathBuf,
     },
+    /// The Kubernetes API.
+    Kubernetes(Access),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Files { path } => path.display().fmt(f),
+            Self::Kubernetes(access) => f.write_str(&access.describe()),
+        }
+    }
 }
 
 /// Roles of an (interface, VLAN).

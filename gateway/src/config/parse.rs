@@ -16,6 +16,7 @@ use super::{
     reader::{Located, Parse, Report, Section, convert, kind},
     snat, validate,
 };
+use crate::cluster::kubernetes::Access;
 
 const DEFAULT_INSTANCE: &str = "default";
 const DEFAULT_VNI: u32 = 1;
@@ -136,16 +137,42 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
 }
 
 fn read_source(mut section: Section<'_>, overrides: &Overrides) -> Option<Source> {
-    section.require("kind", SOURCE_KIND, "write kind = \"files\"");
-    let path = match &overrides.source_path {
+    let kind = match &overrides.source_path {
+        // A directory on the command line goes before whatever the file says.
         Some(path) => {
-            section.take("path");
-            Some(path.clone())
+            for key in ["kind", "path", "kubeconfig", "context"] {
+                section.take(key);
+            }
+            section.finish();
+            return Some(Source::Files { path: path.clone() });
         }
-        None => value(section.require("path", PATH, "name the directory of Kubernetes manifests")),
+        None => {
+            value(section.require("kind", SOURCE_KIND, "write kind = \"kubernetes\" or kind = \"files\""))
+        }
+    };
+    let source = match kind {
+        Some(SourceKind::Files) => {
+            value(section.require("path", PATH, "name the directory of Kubernetes manifests"))
+                .map(|path| Source::Files { path })
+        }
+        Some(SourceKind::Kubernetes) => {
+            let kubeconfig = read_optional(&mut section, "kubeconfig", PATH).settle(|path| path);
+            let context = read_optional(&mut section, "context", CONTEXT).settle(|context| context);
+            match (kubeconfig, context) {
+                (Some(kubeconfig), Some(context)) => Some(Source::Kubernetes(Access { kubeconfig, context })),
+                _ => None,
+            }
+        }
+        None => {
+            // Which keys fit is not known, but each can be wrong by itself.
+            read_optional(&mut section, "path", PATH);
+            read_optional(&mut section, "kubeconfig", PATH);
+            read_optional(&mut section, "context", CONTEXT);
+            None
+        }
     };
     section.finish();
-    Some(Source::Files { path: path? })
+    source
 }
 
 const ROLES: &str = "write roles = [\"underlay\"], [\"external\"] or both";
@@ -416,11 +443,26 @@ const NODE_NAME: Parse<String> = Parse {
     },
 };
 
-const SOURCE_KIND: Parse<()> = Parse {
-    expected: "\"files\"",
+#[derive(Clone, Copy)]
+enum SourceKind {
+    Files,
+    Kubernetes,
+}
+
+const SOURCE_KIND: Parse<SourceKind> = Parse {
+    expected: "\"kubernetes\" (the API server of a kubeconfig) or \"files\" (a directory of manifests)",
     parse: |value| match text(value)? {
-        "files" => Ok(()),
+        "files" => Ok(SourceKind::Files),
+        "kubernetes" => Ok(SourceKind::Kubernetes),
         other => Err(format!("is {other:?}")),
+    },
+};
+
+const CONTEXT: Parse<String> = Parse {
+    expected: "the name of a context, as kubectl config get-contexts shows it",
+    parse: |value| match text(value)? {
+        "" => Err("is empty".to_owned()),
+        context => Ok(context.to_owned()),
     },
 };
 

@@ -135,7 +135,7 @@ fn everything_is_reported_at_once() {
     let text = r#"instanc = "a"
 colour = true
 [source]
-kind = "kubernetes"
+kind = "etcd"
 path = 5
 [[interface]]
 name = "a-name-that-is-too-long"

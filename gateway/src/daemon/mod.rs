@@ -14,6 +14,7 @@ mod slow_path;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -36,7 +37,11 @@ use self::{
     slow_path::{Look, SlowPath},
 };
 use crate::{
-    cluster::{self, model},
+    cluster::{
+        self,
+        kubernetes::{self, Health, Timing},
+        model,
+    },
     config::{Config, Overlay, Source, XdpMode, snat::session_memory_text},
     dataplane::{
         constants::{self, Sessions, TooMany, constants},
@@ -169,6 +174,8 @@ pub struct Daemon {
     problems: Problems,
     started: u64,
     last_event: Option<u64>,
+    /// Of a source that knows it.
+    health: Option<Health>,
     _lock: InstanceLock,
 }
 
@@ -218,6 +225,7 @@ impl Daemon {
             problems: Problems::default(),
             started: now(),
             last_event: None,
+            health: None,
             config,
             _lock: lock,
         };
@@ -253,6 +261,12 @@ impl Daemon {
         let watcher = match &self.config.source {
             Source::Files { path } => {
                 tokio::spawn(cluster::files::watch(path.clone(), sender, self.problems.source()))
+            }
+            Source::Kubernetes(access) => {
+                let link = Arc::new(kubernetes::Link::new(access.clone()));
+                let (config, problems) = (self.config.clone(), self.problems.source());
+                let health = self.health.insert(Health::default()).clone();
+                tokio::spawn(kubernetes::watch(link, config, Timing::default(), sender, problems, health))
             }
         };
         let mut verify = interval(VERIFY_INTERVAL);
@@ -719,11 +733,10 @@ impl Daemon {
             written: now(),
             xdp_mode: self.config.datapath.xdp_mode,
             source: SourceReport {
-                location: match &self.config.source {
-                    Source::Files { path } => path.display().to_string(),
-                },
+                location: self.config.source.to_string(),
                 synchronised: self.planner.is_synced(),
                 last_event: self.last_event,
+                freshness: self.health.as_ref().map(Health::freshness),
             },
             vteps: self.vtep_reports(),
             problems: self.problems.reports(),

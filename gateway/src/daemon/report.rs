@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use super::problems::ProblemReport;
-use crate::{config::XdpMode, dataplane::pins::run_directory};
+use crate::{cluster::kubernetes::Freshness, config::XdpMode, dataplane::pins::run_directory};
 
 /// State of a running daemon. Times are seconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,12 +39,14 @@ pub struct Report {
 /// State of the source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceReport {
-    /// Directory.
+    /// Directory, or kubeconfig.
     pub location: String,
     /// A complete listing was seen.
     pub synchronised: bool,
     /// When something was last heard of it.
     pub last_event: Option<u64>,
+    /// How fresh its knowledge is; absent for a directory, which is always as fresh as its files.
+    pub freshness: Option<Freshness>,
 }
 
 /// A node as VTEP.
