@@ -152,7 +152,9 @@ fn live_sessions_survive_a_flood_and_honest_clients_get_in() {
             let subject = &subject;
             let prober = scope.spawn(move || probe(subject, &self::world(ports), live, done));
             let honest = scope.spawn(move || handshakes(subject, &self::world(ports), done));
-            floods.into_iter().for_each(|flood| flood.join().unwrap());
+            for flood in floods {
+                flood.join().unwrap();
+            }
             let time = start.elapsed();
             done.store(true, Ordering::Relaxed);
             (prober.join().unwrap(), honest.join().unwrap(), time)
@@ -161,10 +163,10 @@ fn live_sessions_survive_a_flood_and_honest_clients_get_in() {
         probe_all(&subject, &world, &live);
         let events = subject.events();
         println!(
-            "{syns} forged SYNs in {:.1} s ({:.0} a second) against {LIVE} live sessions, which were probed {passes} times; \
+            "{syns} forged SYNs in {:.1} s ({} a second) against {LIVE} live sessions, which were probed {passes} times; \
              {} honest handshakes of {ROUND_TRIP:?}, by tries {handshakes:?}; {events:?}, new {:?}, refused {:?}",
             time.as_secs_f64(),
-            syns as f64 / time.as_secs_f64(),
+            syns / time.as_secs().max(1),
             handshakes.values().sum::<u32>(),
             subject.counter(Outcome::SnatNew.number()).0,
             subject.counter(Outcome::SnatTableFull.number()).0,

@@ -24,7 +24,7 @@ const SOON: Duration = Duration::from_secs(5);
 const PICTURE: &str = "\
 \x20    client1, 2 ─┐              ┌─ gateway ─┐                      ╔═ node1 ── pods 10.244.1.2, .3
      guest1 ─────┼─ 10.244.30.1 │ext0   und0│ 172.16.2.200 ═VXLAN══╬═ node2 ── pods 10.244.2.2, .3
-     remote1 ─ router           └─── XDP ───┘                      ╚═ node3 ── pods 10.244.3.2, .3";
+     remote1 ────┘ by a router  └─── XDP ───┘                      ╚═ node3 ── pods 10.244.3.2, .3";
 
 fn main() -> ExitCode {
     match demo() {
@@ -153,7 +153,7 @@ fn translation(screen: &mut Screen, lab: &Flannel, gateway: &Gateway) -> Result<
             let answer = traffic::fetch(client, address, 80)?;
             ensure!(answer.contains(&format!("you are {AUTOMAP}")), "unexpected answer: {answer}");
         }
-        Ok((format!("guest1 {GUEST} and remote1 {REMOTE} (behind a router): pods see {AUTOMAP}"), ()))
+        Ok((format!("guest1 {GUEST}, and {REMOTE} behind a router: pods see {AUTOMAP}"), ()))
     })?;
     screen.check("SNAT TCP", || {
         let there = traffic::iperf(lab.guest(), pod, address, Transport::Tcp, &[])?;
