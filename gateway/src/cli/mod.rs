@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod detach;
+pub mod node;
 mod output;
 pub mod run;
 pub mod show;
@@ -37,6 +38,8 @@ enum Verb {
     Status(status::Args),
     /// Show tables and counters, from the pins
     Show(show::Args),
+    /// Make the gateway known to flannel by a Node of its own, or take that back
+    Node(node::Args),
     /// Take the gateway off this host: programs, tables, kernel devices
     Detach(detach::Args),
 }
@@ -48,6 +51,7 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::run(args),
         Verb::Status(args) => status::run(&args),
         Verb::Show(args) => show::run(&args),
+        Verb::Node(args) => node::run(&args),
         Verb::Detach(args) => detach::run(&args),
     };
     result.unwrap_or_else(|error| {

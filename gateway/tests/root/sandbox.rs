@@ -3,8 +3,8 @@
 use std::{net::Ipv4Addr, path::Path, process::Command};
 
 use gateway::config::{
-    Config, Datapath, DatapathLog, DontFragment, HostSettings, Interface, Overlay, Source, SourceCheck,
-    XdpMode,
+    Config, Datapath, DatapathLog, DontFragment, FlannelSettings, HostSettings, Interface, Overlay, Source,
+    SourceCheck, XdpMode,
 };
 use gateway_common::{abi::Roles, wire::Vni};
 use nix::{
@@ -55,6 +55,7 @@ pub(crate) fn config(bpffs: &Path) -> Config {
             max_vteps: 64,
             max_sources: 1000,
         },
+        flannel: FlannelSettings { register: false, heartbeat: false, node: "gateway".into() },
         host: HostSettings { manage_sysctl: true },
     }
 }
