@@ -102,7 +102,9 @@ fn wait(what: &str, holds: impl Fn() -> bool) {
 
 fn refused(result: Result<Done, Refusal>) -> String {
     match result {
-        Err(Refusal::Problems(problems)) => problems.iter().map(|problem| format!("{problem}\n")).collect(),
+        Err(Refusal::Problems(problems)) => {
+            problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+        }
         other => panic!("{other:?}"),
     }
 }

@@ -32,9 +32,9 @@ const BEAT: Duration = Duration::from_secs(10);
 /// How long a lease lasts.
 const LEASE_SECONDS: i32 = 40;
 /// How often the Node's conditions are written.
-const STATUS: Duration = Duration::from_secs(60);
+const STATUS: Duration = Duration::from_mins(1);
 /// How often a Node that nothing was heard of is looked at.
-const LOOK: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_mins(1);
 /// A Node that somebody changes all the time is put right so often at most.
 const REST: Duration = Duration::from_secs(1);
 
