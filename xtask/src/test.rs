@@ -1,7 +1,7 @@
 //! Runs the test suites, each after what it needs, and tells how long each took.
 
 use std::{
-    fs,
+    env, fs,
     process::Command,
     time::{Duration, Instant},
 };
@@ -33,19 +33,25 @@ enum Suite {
     Program,
     /// Networks of namespaces; needs root
     E2e,
+    /// The source `kubernetes` against the test API server, or, if named here, against that of `KUBECONFIG`
+    Kubernetes,
 }
 
 impl Suite {
-    const ALL: [Self; 3] = [Self::Unit, Self::Program, Self::E2e];
+    const ALL: [Self; 4] = [Self::Unit, Self::Kubernetes, Self::Program, Self::E2e];
 
     /// The suite of an integration test: those of the daemon and of the tests crate use the machine's kernel.
     fn of_target(target: &Target) -> Self {
-        if target.package == "gateway-tests" && target.name == "program" { Self::Program } else { Self::E2e }
+        match (target.package, target.name.as_str()) {
+            ("gateway-tests", "program") => Self::Program,
+            ("gateway-tests", "kubernetes") => Self::Kubernetes,
+            _ => Self::E2e,
+        }
     }
 
     fn needs(self) -> &'static [setup::Need] {
         match self {
-            Self::Unit => &[setup::Need::Bpf],
+            Self::Unit | Self::Kubernetes => &[setup::Need::Bpf],
             Self::Program | Self::E2e => &setup::Need::ALL,
         }
     }
@@ -76,6 +82,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // For upgrades to another object.
     let variant = if options.full && suites.contains(&Suite::E2e) { Some(build::variant()?) } else { None };
 
+    // Whoever only has a KUBECONFIG lying around does not mean it for tests.
+    let real = options.suites.contains(&Suite::Kubernetes) && env::var_os("KUBECONFIG").is_some();
     let mut times = Vec::new();
     for run in runs(&suites, &targets()?) {
         println!("── {} ──", run.name);
@@ -83,6 +91,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let mut command = run.command(options.full);
         if let Some(variant) = &variant {
             command.env("GATEWAY_VARIANT_BIN", variant);
+        }
+        if real {
+            command.env("GATEWAY_TEST_API", "real");
         }
         let result = execute(&mut command);
         times.push((run.name, start.elapsed(), result.is_ok()));
@@ -139,6 +150,17 @@ fn runs(suites: &[Suite], targets: &[Target]) -> Vec<Run> {
         let arguments = strings(&["--package", "gateway", "--package", "gateway-common", "--doc"]);
         runs.push(Run { name: "documentation".to_owned(), arguments, harness: &[], has_long: false });
     }
+    for target in targets
+        .iter()
+        .filter(|target| suites.contains(&Suite::Kubernetes) && Suite::of_target(target) == Suite::Kubernetes)
+    {
+        runs.push(Run {
+            name: target.name.clone(),
+            arguments: strings(&["--package", target.package, "--test", &target.name]),
+            harness: &[],
+            has_long: true,
+        });
+    }
     for suite in [Suite::Program, Suite::E2e] {
         for target in
             targets.iter().filter(|target| suites.contains(&suite) && Suite::of_target(target) == suite)
@@ -181,9 +203,14 @@ mod tests {
     use super::*;
 
     fn some_targets() -> Vec<Target> {
-        [("gateway", "next_hops"), ("gateway-tests", "flannel"), ("gateway-tests", "program")]
-            .map(|(package, name)| Target { package, name: name.to_owned() })
-            .into()
+        [
+            ("gateway", "next_hops"),
+            ("gateway-tests", "flannel"),
+            ("gateway-tests", "kubernetes"),
+            ("gateway-tests", "program"),
+        ]
+        .map(|(package, name)| Target { package, name: name.to_owned() })
+        .into()
     }
 
     fn names(suites: &[Suite]) -> Vec<String> {
@@ -196,7 +223,8 @@ mod tests {
         assert_eq!(names(&[Suite::Unit]), ["unit", "documentation"]);
         assert_eq!(names(&[Suite::Program]), ["gateway-tests: program"]);
         assert_eq!(names(&[Suite::E2e]), e2e);
-        assert_eq!(names(&Suite::ALL).len(), 5);
+        assert_eq!(names(&[Suite::Kubernetes]), ["kubernetes"]);
+        assert_eq!(names(&Suite::ALL).len(), 6);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod detach;
+pub mod node;
 mod output;
 pub mod run;
 pub mod sessions;
@@ -40,6 +41,8 @@ enum Verb {
     Show(show::Args),
     /// End translated connections
     Sessions(sessions::Args),
+    /// Make the gateway known to flannel by a Node of its own, or take that back
+    Node(node::Args),
     /// Take the gateway off this host: programs, tables, kernel devices
     Detach(detach::Args),
 }
@@ -52,6 +55,7 @@ pub fn main() -> ExitCode {
         Verb::Status(args) => status::run(&args),
         Verb::Show(args) => show::run(&args),
         Verb::Sessions(args) => sessions::run(&args),
+        Verb::Node(args) => node::run(&args),
         Verb::Detach(args) => detach::run(&args),
     };
     result.unwrap_or_else(|error| {

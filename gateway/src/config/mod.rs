@@ -48,6 +48,8 @@ pub struct Config {
     pub snat: Snat,
     /// Settings of the BPF program and its tables.
     pub datapath: Datapath,
+    /// How the gateway is made known to flannel.
+    pub flannel: FlannelSettings,
     /// What may be changed on this host besides what is the gateway's own.
     pub host: HostSettings,
 }
@@ -199,6 +201,17 @@ pub struct Datapath {
 pub struct HostSettings {
     /// The daemon sets the kernel settings of its interfaces that forwarding needs.
     pub manage_sysctl: bool,
+}
+
+/// How the gateway is made known to flannel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlannelSettings {
+    /// The daemon makes the gateway's Node, and keeps it as it should be.
+    pub register: bool,
+    /// The daemon keeps the Node's lease and its Ready condition fresh, as a kubelet would.
+    pub heartbeat: bool,
+    /// Name of the Node; with several overlays each has its own, with the overlay's name behind it.
+    pub node: String,
 }
 
 impl Config {

@@ -11,14 +11,15 @@ use ipnet::Ipv4Net;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    Config, Datapath, DatapathLog, DontFragment, ExtraSource, HostSettings, Interface, Overlay, Overrides,
-    Problems, Source, SourceCheck, XdpMode,
+    Config, Datapath, DatapathLog, DontFragment, ExtraSource, FlannelSettings, HostSettings, Interface,
+    Overlay, Overrides, Problems, Source, SourceCheck, XdpMode,
     reader::{Located, Parse, Report, Section, convert, kind},
     snat, validate,
 };
 use crate::cluster::kubernetes::Access;
 
 const DEFAULT_INSTANCE: &str = "default";
+const DEFAULT_NODE: &str = "gateway";
 const DEFAULT_VNI: u32 = 1;
 const DEFAULT_PORT: u16 = 8472;
 pub(super) const DEFAULT_TTL: u8 = 64;
@@ -111,6 +112,7 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
         root.sections("overlay").map(|sections| sections.into_iter().map(read_overlay).collect());
     let snat = snat::read(root.section("snat"), &report);
     let datapath = read_datapath(root.section("datapath"), overrides);
+    let flannel = read_flannel(root.section("flannel"), source.as_ref(), &report);
     let host = read_host(root.section("host"));
     root.finish();
 
@@ -127,6 +129,7 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
             overlays: overlays?.into_iter().map(OverlayDraft::finish).collect::<Option<_>>()?,
             snat: snat?,
             datapath: datapath?,
+            flannel: flannel?,
             host: host?,
         })
     })();
@@ -341,6 +344,23 @@ fn read_datapath(mut section: Section<'_>, overrides: &Overrides) -> Option<Data
         max_vteps: max_vteps?.value,
         max_sources: max_sources?.value,
     })
+}
+
+fn read_flannel(
+    mut section: Section<'_>,
+    source: Option<&Source>,
+    report: &Report<'_>,
+) -> Option<FlannelSettings> {
+    let register = read_or(&mut section, "register", BOOLEAN, false);
+    let heartbeat = read_or(&mut section, "heartbeat", BOOLEAN, false);
+    let node = read_or(&mut section, "node", NODE_NAME, DEFAULT_NODE.to_owned());
+    section.finish();
+    if let Some(Source::Files { .. }) = source {
+        for wish in [&register, &heartbeat].into_iter().flatten().filter(|wish| wish.value) {
+            wish.note(report, "needs an API server to write to", "set kind = \"kubernetes\" under [source]");
+        }
+    }
+    Some(FlannelSettings { register: register?.value, heartbeat: heartbeat?.value, node: node?.value })
 }
 
 fn read_host(mut section: Section<'_>) -> Option<HostSettings> {

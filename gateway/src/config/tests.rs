@@ -89,6 +89,7 @@ fn the_sample_is_valid_and_means_what_it_says() {
                 max_vteps: 8_192,
                 max_sources: 32_768,
             },
+            flannel: FlannelSettings { register: false, heartbeat: false, node: "gateway".into() },
             host: HostSettings { manage_sysctl: true },
         }
     );

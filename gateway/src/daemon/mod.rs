@@ -21,7 +21,7 @@ use std::{
 use anyhow::Context as _;
 use gateway_common::abi::{self, OverlayAddress, VtepFlags, VtepSlot};
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -38,9 +38,9 @@ use self::{
 };
 use crate::{
     cluster::{
-        self,
+        self, announce,
         kubernetes::{self, Health, Timing},
-        model,
+        model::{self, ObjectRef},
     },
     config::{Config, Overlay, Source, XdpMode, snat::session_memory_text},
     dataplane::{
@@ -176,6 +176,8 @@ pub struct Daemon {
     last_event: Option<u64>,
     /// Of a source that knows it.
     health: Option<Health>,
+    /// The Node that announces this gateway may have changed.
+    own_node_changed: Arc<Notify>,
     _lock: InstanceLock,
 }
 
@@ -226,6 +228,7 @@ impl Daemon {
             started: now(),
             last_event: None,
             health: None,
+            own_node_changed: Arc::default(),
             config,
             _lock: lock,
         };
@@ -258,6 +261,7 @@ impl Daemon {
             SlowPath::watch(&self.config).context("cannot subscribe to changes of nftables")?;
         let mut ageing = self.age()?;
         let (sender, mut source) = mpsc::channel(BURST);
+        let mut announcer = None;
         let watcher = match &self.config.source {
             Source::Files { path } => {
                 tokio::spawn(cluster::files::watch(path.clone(), sender, self.problems.source()))
@@ -265,6 +269,17 @@ impl Daemon {
             Source::Kubernetes(access) => {
                 let link = Arc::new(kubernetes::Link::new(access.clone()));
                 let (config, problems) = (self.config.clone(), self.problems.source());
+                if config.flannel.register || config.flannel.heartbeat {
+                    let changed = self.own_node_changed.clone();
+                    let kept = announce::keep(
+                        link.clone(),
+                        config.clone(),
+                        Timing::default(),
+                        changed,
+                        problems.clone(),
+                    );
+                    announcer = Some(tokio::spawn(kept));
+                }
                 let health = self.health.insert(Health::default()).clone();
                 tokio::spawn(kubernetes::watch(link, config, Timing::default(), sender, problems, health))
             }
@@ -345,6 +360,9 @@ impl Daemon {
             }
         }
         watcher.abort();
+        if let Some(announcer) = announcer {
+            announcer.abort();
+        }
         self.publish();
         info!("stopping; the datapath keeps forwarding (`gateway detach` removes it)");
         Ok(())
@@ -416,8 +434,23 @@ impl Daemon {
         true
     }
 
+    /// Whether an event tells of a Node that announces this gateway, by the name that it was given.
+    fn is_about_own_node(&self, event: &model::Event) -> bool {
+        let is_own = |name: &str| name.starts_with(self.config.flannel.node.as_str());
+        match event {
+            model::Event::Apply(object) => {
+                matches!(object.reference(), ObjectRef::Node(name) if is_own(&name))
+            }
+            model::Event::Delete(ObjectRef::Node(name)) => is_own(name),
+            _ => false,
+        }
+    }
+
     fn take_source(&mut self, event: &model::Event, pending: &mut Pending) {
         self.last_event = Some(now());
+        if self.is_about_own_node(event) {
+            self.own_node_changed.notify_one();
+        }
         let (listed, synced) = (self.planner.is_listed(), self.planner.is_synced());
         pending.changes.merge(self.planner.apply(event));
         if !listed && self.planner.is_listed() && !self.planner.is_synced() {

@@ -3,8 +3,8 @@
 use std::{net::Ipv4Addr, path::Path, process::Command};
 
 use gateway::config::{
-    Config, Datapath, DatapathLog, DontFragment, HostSettings, Interface, Overlay, Snat, SnatAction,
-    SnatPool, SnatRule, Source, SourceCheck, XdpMode,
+    Config, Datapath, DatapathLog, DontFragment, FlannelSettings, HostSettings, Interface, Overlay, Snat,
+    SnatAction, SnatPool, SnatRule, Source, SourceCheck, XdpMode,
 };
 use gateway_common::{
     abi::{Roles, Timeouts},
@@ -71,6 +71,7 @@ pub(crate) fn config(bpffs: &Path) -> Config {
             max_vteps: 64,
             max_sources: 1000,
         },
+        flannel: FlannelSettings { register: false, heartbeat: false, node: "gateway".into() },
         host: HostSettings { manage_sysctl: true },
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     subject::{RUNTIME, Subject, is_real},
 };
 
-fn asked(subject: &Subject) -> BTreeSet<(String, String)> {
+pub(crate) fn asked(subject: &Subject) -> BTreeSet<(String, String)> {
     let requests = RUNTIME.block_on(subject.controls().unwrap().requests()).unwrap();
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     requests

@@ -21,9 +21,7 @@ use tracing::{info, warn};
 use super::node::{Action, Announcement};
 use crate::{
     cluster::{
-        kubernetes::{
-            Failure, LEASE_NAMESPACE, Link, Linked, Request, Timing, exchange, read_net_conf,
-        },
+        kubernetes::{Failure, LEASE_NAMESPACE, Link, Linked, Request, Timing, exchange, read_net_conf},
         problem::{Problem, ProblemList},
     },
     config::Config,
@@ -34,9 +32,9 @@ const BEAT: Duration = Duration::from_secs(10);
 /// How long a lease lasts.
 const LEASE_SECONDS: i32 = 40;
 /// How often the Node's conditions are written.
-const STATUS: Duration = Duration::from_secs(60);
+const STATUS: Duration = Duration::from_mins(1);
 /// How often a Node that nothing was heard of is looked at.
-const LOOK: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_mins(1);
 /// A Node that somebody changes all the time is put right so often at most.
 const REST: Duration = Duration::from_secs(1);
 
@@ -134,7 +132,8 @@ pub async fn apply(linked: &Linked, announcement: &Announcement, timing: &Timing
     if let Some(node) = &node
         && let Some(taints) = Announcement::taints(node)
     {
-        let parameters = PatchParams { field_manager: Some(announcement.manager()), ..PatchParams::default() };
+        let parameters =
+            PatchParams { field_manager: Some(announcement.manager()), ..PatchParams::default() };
         let request = nodes().patch(name, &parameters, &Patch::Merge(&taints));
         exchange::fetch::<Node>(linked, Request::PatchNode.right(), request, timing.idle).await?;
         if done == Done::Nothing {
@@ -254,12 +253,19 @@ async fn tell_ready(linked: &Linked, announcement: &Announcement, timing: &Timin
         },
     });
     let parameters = PatchParams::apply(&announcement.manager()).force();
-    let request = nodes().patch_subresource("status", &announcement.name, &parameters, &Patch::Apply(&status));
+    let request =
+        nodes().patch_subresource("status", &announcement.name, &parameters, &Patch::Apply(&status));
     exchange::fetch::<Node>(linked, Request::PatchNodeStatus.right(), request, timing.idle).await.map(drop)
 }
 
 /// Keeps all Nodes of a gateway as they should be, for ever. `changed` tells that one of them may have changed.
-pub async fn keep(link: Arc<Link>, config: Config, timing: Timing, changed: Arc<Notify>, problems: ProblemList) {
+pub async fn keep(
+    link: Arc<Link>,
+    config: Config,
+    timing: Timing,
+    changed: Arc<Notify>,
+    problems: ProblemList,
+) {
     let mut status_at = Instant::now();
     loop {
         let mut failed = false;
@@ -296,11 +302,8 @@ async fn attend(
     timing: &Timing,
     due: bool,
 ) -> Result<(), Refusal> {
-    let done = if config.flannel.register {
-        apply(linked, announcement, timing).await?
-    } else {
-        Done::Nothing
-    };
+    let done =
+        if config.flannel.register { apply(linked, announcement, timing).await? } else { Done::Nothing };
     if done != Done::Nothing {
         info!("Node {}: {done:?}", announcement.name);
     }

@@ -185,8 +185,9 @@ impl Announcement {
             if owner == self.name {
                 continue;
             }
-            let annotation =
-                |suffix: &str| node.metadata.annotations.as_ref()?.get(&format!("{annotation_prefix}{suffix}"));
+            let annotation = |suffix: &str| {
+                node.metadata.annotations.as_ref()?.get(&format!("{annotation_prefix}{suffix}"))
+            };
             let mut clash = |what: String, remedy: String| {
                 problems.push(Problem::error(format!("Node {}", self.name), what, remedy));
             };
@@ -196,7 +197,9 @@ impl Announcement {
                     let free = free_subnet(self.overlay.network, subnet.prefix_len(), nodes);
                     let free = free.map_or_else(String::new, |free| format!(", such as {free}"));
                     clash(
-                        format!("its podCIDR {subnet} overlaps {cidr} of Node {owner}: that node would lose its route"),
+                        format!(
+                            "its podCIDR {subnet} overlaps {cidr} of Node {owner}: that node would lose its route"
+                        ),
                         format!("choose a subnet that no node has{free}"),
                     );
                 }
@@ -204,7 +207,9 @@ impl Announcement {
             let data = annotation("backend-data").and_then(|data| vtep_mac(data));
             if data.is_some_and(|theirs| theirs == mac.to_string()) {
                 clash(
-                    format!("its VtepMAC {mac} is that of Node {owner}: one of them would get both nodes' packets"),
+                    format!(
+                        "its VtepMAC {mac} is that of Node {owner}: one of them would get both nodes' packets"
+                    ),
                     "choose another locally administered MAC address".to_owned(),
                 );
             }
@@ -232,7 +237,10 @@ pub(super) fn free_subnet(network: Option<Ipv4Net>, length: u8, nodes: &[Node]) 
         .collect();
     // From the end: the controller manager gives out from the beginning.
     let subnets: Vec<Ipv4Net> = network?.subnets(length).ok()?.take(1 << 16).collect();
-    subnets.into_iter().rev().find(|free| !taken.iter().any(|cidr| cidr.contains(free) || free.contains(cidr)))
+    subnets
+        .into_iter()
+        .rev()
+        .find(|free| !taken.iter().any(|cidr| cidr.contains(free) || free.contains(cidr)))
 }
 
 fn pod_cidrs(node: &Node) -> Vec<IpNet> {

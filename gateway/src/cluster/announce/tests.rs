@@ -55,7 +55,8 @@ fn what_is_as_it_should_be_is_left_alone() {
 
 #[test]
 fn what_is_missing_or_changed_is_written() {
-    let changed = live(|node| node["metadata"]["annotations"]["flannel.alpha.coreos.com/public-ip"] = json!("1.2.3.4"));
+    let changed =
+        live(|node| node["metadata"]["annotations"]["flannel.alpha.coreos.com/public-ip"] = json!("1.2.3.4"));
     let object = applied(&changed);
     assert_eq!(object["metadata"]["annotations"][DATA], r#"{"VNI":1,"VtepMAC":"0e:11:22:33:44:55"}"#);
     assert_eq!(announcement().action(None), Action::Apply(announcement().render()));
@@ -110,9 +111,24 @@ fn taints_of_others_stay() {
 #[rstest]
 #[case::pod_cidr("10.244.30.0/24", "0e:00:00:00:00:01", "172.16.2.11", "podCIDR 10.244.30.0/24 overlaps")]
 #[case::wider("10.244.0.0/17", "0e:00:00:00:00:01", "172.16.2.11", "overlaps 10.244.0.0/17 of Node other")]
-#[case::mac("10.244.1.0/24", "0E-11-22-33-44-55", "172.16.2.11", "VtepMAC 0e:11:22:33:44:55 is that of Node other")]
-#[case::endpoint("10.244.1.0/24", "0e:00:00:00:00:01", "172.16.2.200", "public-ip 172.16.2.200 is that of Node other")]
-fn collisions_name_the_owner(#[case] cidr: &str, #[case] mac: &str, #[case] public_ip: &str, #[case] told: &str) {
+#[case::mac(
+    "10.244.1.0/24",
+    "0E-11-22-33-44-55",
+    "172.16.2.11",
+    "VtepMAC 0e:11:22:33:44:55 is that of Node other"
+)]
+#[case::endpoint(
+    "10.244.1.0/24",
+    "0e:00:00:00:00:01",
+    "172.16.2.200",
+    "public-ip 172.16.2.200 is that of Node other"
+)]
+fn collisions_name_the_owner(
+    #[case] cidr: &str,
+    #[case] mac: &str,
+    #[case] public_ip: &str,
+    #[case] told: &str,
+) {
     let other = live(|node| {
         node["metadata"]["name"] = json!("other");
         node["metadata"]["annotations"][DATA] = json!(json!({ "vtepmac": mac }).to_string());

@@ -31,7 +31,7 @@ pub(super) async fn ask(
 }
 
 /// Sends a request and reads the whole answer.
-pub(super) async fn fetch<T: DeserializeOwned>(
+pub(in crate::cluster) async fn fetch<T: DeserializeOwned>(
     linked: &Linked,
     right: Right,
     request: Result<http::Request<Vec<u8>>, kube::core::request::Error>,

@@ -14,7 +14,7 @@
 //! ended, or, if that is forgotten, a list tells what changed and what is gone.
 
 mod access;
-mod exchange;
+pub(super) mod exchange;
 mod failure;
 mod follow;
 mod health;

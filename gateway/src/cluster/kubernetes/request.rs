@@ -48,22 +48,61 @@ pub enum Request {
     Watch(Kind),
     /// flannel's configuration.
     NetConf(&'static str),
+    /// The gateway's own Node.
+    GetNode,
+    /// Server-side apply makes it, too.
+    CreateNode,
+    /// Change it.
+    PatchNode,
+    /// Remove it.
+    DeleteNode,
+    /// Say that it is ready.
+    PatchNodeStatus,
+    /// Make its lease.
+    CreateLease,
+    /// Renew it.
+    PatchLease,
+    /// Remove it.
+    DeleteLease,
 }
 
 impl Request {
     /// Every request there is.
     pub fn all() -> impl Iterator<Item = Self> {
         let kinds = Kind::ALL.into_iter().flat_map(|kind| [Self::List(kind), Self::Watch(kind)]);
-        kinds.chain(FLANNEL_NAMESPACES.map(Self::NetConf))
+        kinds.chain(FLANNEL_NAMESPACES.map(Self::NetConf)).chain([
+            Self::GetNode,
+            Self::CreateNode,
+            Self::PatchNode,
+            Self::DeleteNode,
+            Self::PatchNodeStatus,
+            Self::CreateLease,
+            Self::PatchLease,
+            Self::DeleteLease,
+        ])
     }
 
     /// What it needs.
     pub fn right(self) -> Right {
         let core = |verb, resource, namespace| Right { verb, group: "", resource, namespace };
+        let lease = |verb| Right {
+            verb,
+            group: "coordination.k8s.io",
+            resource: "leases",
+            namespace: Some(LEASE_NAMESPACE),
+        };
         match self {
             Self::List(kind) => core("list", kind.plural(), None),
             Self::Watch(kind) => core("watch", kind.plural(), None),
             Self::NetConf(namespace) => core("get", "configmaps", Some(namespace)),
+            Self::GetNode => core("get", "nodes", None),
+            Self::CreateNode => core("create", "nodes", None),
+            Self::PatchNode => core("patch", "nodes", None),
+            Self::DeleteNode => core("delete", "nodes", None),
+            Self::PatchNodeStatus => core("patch", "nodes/status", None),
+            Self::CreateLease => lease("create"),
+            Self::PatchLease => lease("patch"),
+            Self::DeleteLease => lease("delete"),
         }
     }
 }
