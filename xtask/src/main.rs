@@ -1,5 +1,6 @@
 //! The project's own tools: `cargo xtask <verb>`. One file for each verb; `setup` is called by those that need it.
 
+mod bench;
 mod build;
 mod demo;
 mod lab;
@@ -15,7 +16,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Set-up, build, checks, tests, lab and demo of the gateway")]
+#[command(
+    name = "cargo xtask",
+    about = "Set-up, build, checks, tests, measurements, lab and demo of the gateway"
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -35,6 +39,8 @@ enum Verb {
     Test(test::Options),
     /// Show the gateway at work on real packets, then clean up
     Demo,
+    /// Measure
+    Bench(bench::Options),
     /// Keep the test network standing to play with
     Lab(lab::Options),
 }
@@ -47,6 +53,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
         Verb::Demo => demo::run(),
+        Verb::Bench(options) => bench::run(&options),
         Verb::Lab(options) => lab::run(&options),
     };
     match result {
