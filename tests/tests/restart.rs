@@ -231,7 +231,8 @@ impl Rig {
 
     fn resize(&self, round: usize) {
         let size = if round % 2 == 1 { 262_144 } else { 2000 };
-        self.configure("", &format!("[datapath]\nmax_pods = {size}\nmax_vteps = {}\n", size / 20));
+        let tables = format!("[datapath]\nmax_pods = {size}\nmax_vteps = {}\n", size / 20);
+        self.configure("", &format!("{tables}[snat]\nmax_sessions = {size}\n"));
     }
 
     /// Runs a start up to its `last`-th changing call.
