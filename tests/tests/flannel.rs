@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     net::Ipv4Addr,
     path::PathBuf,
     time::Duration,
@@ -19,6 +20,7 @@ use gateway_tests::lab::{
         EXTERNAL, GATEWAY_ENDPOINT, GATEWAY_ROUTER, GATEWAY_VTEP, INNER_MTU, NIC, Node, PORT, UNDERLAY,
     },
     frames::{self, Datagram, INNER, INNER_IP, IP, TUNNEL, UDP},
+    gateway::UNTRANSLATED,
     traffic::{self, Transport},
     wait_until,
 };
@@ -36,7 +38,14 @@ struct Rig {
 
 impl Rig {
     fn start(label: &str) -> Self {
+        Self::configured(label, "")
+    }
+
+    /// With keys at the end of the configuration.
+    fn configured(label: &str, keys: &str) -> Self {
         let lab = Flannel::start(label).unwrap();
+        let configuration = fs::read_to_string(lab.config()).unwrap();
+        fs::write(lab.config(), configuration + keys).unwrap();
         let gateway = Gateway::start(&lab).unwrap();
         gateway.wait_ready(&lab).unwrap();
         Self { gateway, lab }
@@ -394,7 +403,7 @@ fn a_fragmented_tunnel_packet_does_not_pass() {
 
 #[test]
 fn the_tunnel_has_no_back_doors() {
-    let rig = Rig::start("back-doors");
+    let rig = Rig::configured("back-doors", UNTRANSLATED);
     let (node, gateway) = (Node::new(1), rig.lab.gateway());
     let good = rig.to_client(node);
     let capture = rig.lab.client(1).capture(NIC, &format!("udp port {MARK}")).unwrap();
