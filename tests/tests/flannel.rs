@@ -594,7 +594,7 @@ fn forwarding_outlives_the_daemon_and_a_restart_loses_nothing() {
 fn bpftool_shows_every_table_with_named_fields() {
     let rig = Rig::start("bpftool");
     let directory = PathBuf::from(format!("/sys/fs/bpf/gateway/{}/v{VERSION}/maps", rig.lab.instance()));
-    let pinned: BTreeSet<String> = std::fs::read_dir(&directory)
+    let pinned: BTreeSet<String> = fs::read_dir(&directory)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
