@@ -5,7 +5,10 @@ use proptest::prelude::*;
 use rstest::rstest;
 
 use super::*;
-use crate::cluster::flannel::{NodeReading, NodeSkip, read_node};
+use crate::cluster::{
+    announce::Announcement,
+    flannel::{NodeReading, NodeSkip, read_node},
+};
 
 /// The documented sample that is installed.
 const SAMPLE: &str = include_str!("../../gateway.toml");
@@ -384,18 +387,17 @@ fn remedies_are_toml() {
     assert!(top.iter().any(|(_, _, text)| text.contains("[[interface]]")), "{top:?}");
 }
 
-/// The README's configuration is valid, and its Node is what flannel's rules take for the gateway that it configures.
+/// The README's configuration is valid, and the Node that it makes is what flannel's rules take for that gateway.
 #[test]
 fn the_readme_is_true() {
     const README: &str = include_str!("../../../README.md");
 
-    let block = |language: &str| {
-        let (_, rest) = README.split_once(&format!("```{language}\n")).expect("the README has the block");
-        let (block, _) = rest.split_once("```").expect("the block ends");
-        block.lines().map(|line| line.strip_prefix("   ").unwrap_or(line)).collect::<Vec<_>>().join("\n")
-    };
-    let config = parse(&block("toml")).unwrap();
-    let node: k8s_openapi::api::core::v1::Node = serde_saphyr::from_str(&block("yaml")).unwrap();
+    let (_, rest) = README.split_once("```toml\n").expect("the README has the block");
+    let (block, _) = rest.split_once("```").expect("the block ends");
+    let block: Vec<_> = block.lines().map(|line| line.strip_prefix("   ").unwrap_or(line)).collect();
+    let config = parse(&block.join("\n")).unwrap();
+    let [announcement] = &Announcement::all(&config)[..] else { panic!("one overlay, one Node") };
+    let node: k8s_openapi::api::core::v1::Node = serde_json::from_value(announcement.render()).unwrap();
     let reading = read_node(&node, &config.overlays[0]);
     assert!(matches!(reading, NodeReading::Skipped(NodeSkip::Own)), "{reading:?}");
 }
