@@ -130,13 +130,12 @@ fn deliver<F: Frame, T: Tables>(
     }
     let dont_fragment = packet.fragment & DONT_FRAGMENT != 0;
     if packet.space > u32::from(slot.mtu) {
-        return if dont_fragment {
+        let verdict = if dont_fragment {
             too_big::answer(frame, tables, link, packet, slot.mtu)
-        } else if target.translation.is_some() {
-            Verdict::drop(Outcome::SnatOversize)
         } else {
             Verdict::pass(Outcome::Oversize)
         };
+        return if target.translation.is_some() { verdict.or_drop(Outcome::SnatOversize) } else { verdict };
     }
     let copy_df = overlay.flags.has(OverlayFlags::DF_INHERIT) && dont_fragment;
     let outer = emit::Outer { hash: target.hash, tos: packet.tos, dont_fragment: copy_df };
@@ -155,7 +154,7 @@ fn deliver<F: Frame, T: Tables>(
             let limit = mss::limit(overlay, slot.mtu);
             Verdict::send(outcome, slot.ifindex, config).clamping(limit).tunnelled(!direct)
         }
-        Err(verdict) if target.translation.is_some() => verdict.never_pass(),
+        Err(verdict) if target.translation.is_some() => verdict.or_drop(Outcome::ResizeFailed),
         Err(verdict) => verdict,
     }
 }

@@ -92,10 +92,10 @@ impl Verdict {
         self.word & TUNNELLED != 0
     }
 
-    /// The same, but what the kernel would get ends here: under translation nothing passes untranslated.
+    /// The same, but what the kernel would get ends here as `outcome`: under translation nothing passes untranslated.
     #[inline(always)]
-    pub(super) const fn never_pass(self) -> Self {
-        if self.word >> 8 & 0x7f == PASS { Self::drop(Outcome::ResizeFailed) } else { self }
+    pub(super) const fn or_drop(self, outcome: Outcome) -> Self {
+        if self.word >> 8 & 0x7f == PASS { Self::drop(outcome) } else { self }
     }
 
     /// Number of the outcome: index of its counter.

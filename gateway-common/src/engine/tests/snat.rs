@@ -413,6 +413,11 @@ fn what_does_not_fit_is_answered_or_dropped_but_never_passed() {
     assert_eq!(outcome, Outcome::TooBigReply);
     // It quotes the packet as the client sent it.
     assert_eq!(answer[14 + 28..], set[..28]);
+    // Without an address to answer from.
+    let mut config = tables.config;
+    config.address = Ipv4::UNSPECIFIED;
+    let mute = HostTables { config, ..tables };
+    assert_eq!(fixture_outcome(&mute, &from_client(&set)), Outcome::SnatOversize);
 }
 
 #[test]
