@@ -53,7 +53,7 @@ fn the_lab_stands_between_commands() {
     let status: Value = serde_json::from_str(&succeeds(&["status", "--json"])).unwrap();
     assert_eq!(status["gateway"]["running"], true);
     let hosts = status["hosts"].as_array().unwrap();
-    assert_eq!(hosts.len(), 14);
+    assert_eq!(hosts.len(), 17);
     let gateway = hosts.iter().find(|host| host["name"] == "gateway").unwrap();
     assert_eq!(gateway["role"], "gateway");
     let namespace = gateway["namespace"].as_str().unwrap();
