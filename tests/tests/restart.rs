@@ -209,13 +209,15 @@ fn a_change_of_mode_has_a_short_gap() {
     }
 }
 
-/// A start that is to be cut off, and what the next one has to make of it.
-struct Start {
-    name: &'static str,
-    /// What was there before: a datapath at work, or nothing.
-    adopts: bool,
-    /// Another table size than before.
-    resizes: bool,
+/// What a start that is to be cut off finds, and what the next one has to make of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    /// Nothing was there.
+    First,
+    /// A datapath is at work.
+    Adopting,
+    /// The same, with tables of another size.
+    Resizing,
 }
 
 /// Long enough for the slowest start under ptrace.
@@ -256,53 +258,62 @@ impl Rig {
     }
 }
 
-/// Every call of a start is followed by a power failure once (in the normal run: some of them), and each time the next
-/// start makes everything right. Where a datapath was at work, it never stops.
-#[test]
-fn a_start_that_is_cut_off_anywhere_is_made_good_by_the_next() {
-    let samples = if full() { usize::MAX } else { 5 };
-    let starts = [
-        Start { name: "first", adopts: false, resizes: false },
-        Start { name: "adopting", adopts: true, resizes: false },
-        Start { name: "resizing", adopts: true, resizes: true },
-    ];
-    let mut rig = Rig::start("power-failures");
-    let (tables, pinned) = (rig.tables(), rig.pinned());
-    for Start { name, adopts, resizes } in starts {
-        let begin = |rig: &mut Rig, round: usize| {
-            rig.gateway.stop().unwrap();
-            if resizes {
-                rig.resize(round);
-            }
-            if !adopts {
-                rig.gateway.text(rig.lab.gateway(), &["detach"]).unwrap();
-            }
-        };
-        let streams = adopts.then(|| rig.streams(LIGHT));
+impl Start {
+    /// Every call of such a start is followed by a power failure once (in the normal run: some of them), and each time
+    /// the next start makes everything right. Where a datapath was at work, it never stops.
+    fn is_made_good_by_the_next(self, label: &str) {
+        let samples = if full() { usize::MAX } else { 5 };
+        let mut rig = Rig::start(label);
+        let (tables, pinned) = (rig.tables(), rig.pinned());
+        let streams = (self != Self::First).then(|| rig.streams(LIGHT));
         // A rehearsal tells how many calls there are.
-        begin(&mut rig, 0);
+        self.prepare(&mut rig, 0);
         let calls = rig.cut_off(usize::MAX).calls;
         rig.gateway.restart(rig.lab.gateway()).unwrap();
-        assert!(calls > 100, "{name}: only {calls} calls");
+        assert!(calls > 100, "only {calls} calls");
         let step = (calls / samples).max(1);
         let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
         for (round, last) in (1..=calls).step_by(step).enumerate() {
-            begin(&mut rig, round + 1);
+            self.prepare(&mut rig, round + 1);
             let end = rig.cut_off(last);
             *kinds.entry(end.instead_of.unwrap_or("none")).or_default() += 1;
             rig.gateway.restart(rig.lab.gateway()).unwrap();
             rig.gateway.wait_settled(rig.lab.gateway()).unwrap();
-            assert_eq!(rig.tables(), tables, "{name}: cut off at call {last} ({end:?})");
-            assert_eq!(rig.pinned(), pinned, "{name}: cut off at call {last} ({end:?})");
-            if !adopts {
+            assert_eq!(rig.tables(), tables, "cut off at call {last} ({end:?})");
+            assert_eq!(rig.pinned(), pinned, "cut off at call {last} ({end:?})");
+            if self == Self::First {
                 rig.gateway.wait_ready(&rig.lab).unwrap();
             }
         }
-        println!("{name}: {calls} calls, cut off at {kinds:?}");
+        println!("{self:?}: {calls} calls, cut off at {kinds:?}");
         for stream in streams.into_iter().flatten() {
-            check(name, stream.finish().unwrap());
+            check("beside the starts", stream.finish().unwrap());
         }
     }
+
+    fn prepare(self, rig: &mut Rig, round: usize) {
+        rig.gateway.stop().unwrap();
+        match self {
+            Self::First => drop(rig.gateway.text(rig.lab.gateway(), &["detach"]).unwrap()),
+            Self::Adopting => {}
+            Self::Resizing => rig.resize(round),
+        }
+    }
+}
+
+#[test]
+fn a_first_start_that_is_cut_off_anywhere_is_made_good_by_the_next() {
+    Start::First.is_made_good_by_the_next("cut-off-first");
+}
+
+#[test]
+fn an_adopting_start_that_is_cut_off_anywhere_is_made_good_by_the_next() {
+    Start::Adopting.is_made_good_by_the_next("cut-off-adopting");
+}
+
+#[test]
+fn a_resizing_start_that_is_cut_off_anywhere_is_made_good_by_the_next() {
+    Start::Resizing.is_made_good_by_the_next("cut-off-resizing");
 }
 
 /// What a file contributed to the tables outlives its being broken when the daemon starts.
