@@ -13,7 +13,7 @@ use crate::{
         ReverseKey, Route, SessionEvent, State, Ticks, Vtep,
     },
     engine::{
-        Fib, FibQuery, Frame, Inserted, Sessions, Tables, Verdict, process,
+        Fib, FibQuery, Frame, Inserted, Sessions, Tables, Verdict, WayOut, process,
         session::{Opening, Shared},
     },
     wire::{Ipv4, Wire, view},
@@ -102,7 +102,9 @@ pub struct HostTables {
     /// Ways out.
     pub egress: BTreeMap<u32, Egress>,
     /// The FIB's answers by destination; all others are not forwarded.
-    pub fib: BTreeMap<Ipv4, FibEntry>,
+    pub fib: BTreeMap<Ipv4, Fib>,
+    /// The way out that is remembered: of one flow at a time.
+    pub way_out: RefCell<WayOut>,
     /// How many more ICMP errors may be sent.
     pub icmp_allowance: Cell<u32>,
     /// What was counted.
@@ -128,15 +130,6 @@ pub struct HostSessions {
     pub events: Rc<RefCell<BTreeMap<SessionEvent, u64>>>,
     /// How many entries each of the two tables takes.
     pub capacity: Option<usize>,
-}
-
-/// A modelled answer of the FIB.
-#[derive(Clone, Copy, Debug)]
-pub struct FibEntry {
-    /// The answer.
-    pub answer: Fib,
-    /// MTU of the way out; larger packets are [`Fib::TooBig`].
-    pub mtu: u16,
 }
 
 impl HostTables {
@@ -277,9 +270,13 @@ impl Tables for HostTables {
 
     fn fib(&self, query: &FibQuery) -> Fib {
         match self.fib.get(&query.destination) {
-            Some(entry) if query.total_length > entry.mtu => Fib::TooBig,
-            Some(entry) => entry.answer,
+            Some(Fib::Forward { mtu, .. }) if query.total_length > *mtu => Fib::TooBig,
+            Some(answer) => *answer,
             None => Fib::NotForwarded,
         }
+    }
+
+    fn with_way_out<R>(&self, _: &FibQuery, work: impl FnOnce(&mut WayOut) -> R) -> Option<R> {
+        Some(work(&mut self.way_out.borrow_mut()))
     }
 }

@@ -20,7 +20,7 @@ use gateway_common::{
         PrefixKey, Reverse, ReverseKey, Route, SessionEvent, Slot, State, TICK_SHIFT, Ticks, Vtep,
     },
     engine::{
-        Fib, FibQuery, Inserted, Sessions, Tables, Verdict,
+        Fib, FibQuery, Inserted, Sessions, Tables, Verdict, WayOut,
         session::{Opening, Shared},
     },
     wire::{Ipv4, Mac},
@@ -70,6 +70,12 @@ const PERIOD: u64 = 100_000_000;
 
 #[btf_map]
 static ICMP_LIMIT: PerCpuArray<Allowance, 1> = PerCpuArray::new();
+
+/// Flows of a CPU whose way out is remembered.
+const WAYS_OUT: u32 = 2048;
+
+#[btf_map]
+static WAY_OUT: PerCpuArray<WayOut, { WAYS_OUT as usize }> = PerCpuArray::new();
 
 /// Where values are put together that would fill the stack.
 #[repr(C)]
@@ -326,6 +332,16 @@ impl Tables for KernelTables<'_> {
     }
 
     #[inline(always)]
+    fn with_way_out<R>(&self, query: &FibQuery, work: impl FnOnce(&mut WayOut) -> R) -> Option<R> {
+        // Fibonacci hashing; different factors, as addresses of clients and pods often count alike.
+        let hash = query.source.word().wrapping_mul(0x9e37_79b1)
+            ^ query.destination.word().wrapping_mul(0x85eb_ca6b);
+        let way = WAY_OUT.get_ptr_mut(hash >> (u32::BITS - WAYS_OUT.ilog2()))?;
+        // SAFETY: the entry belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
+        Some(work(unsafe { &mut *way }))
+    }
+
+    #[inline(always)]
     fn may_answer(&self) -> bool {
         let Some(allowance) = ICMP_LIMIT.get_ptr_mut(0) else {
             return false;
@@ -383,6 +399,8 @@ impl Tables for KernelTables<'_> {
                 ifindex: parameters.ifindex,
                 source: Mac::new(parameters.smac),
                 next_hop: by_octets(&parameters.dmac),
+                // SAFETY: the kernel wrote the MTU over the length.
+                mtu: unsafe { parameters.__bindgen_anon_1.mtu_result },
             },
             BPF_FIB_LKUP_RET_NOT_FWDED => Fib::NotForwarded,
             BPF_FIB_LKUP_RET_NO_NEIGH => Fib::NoNeighbour,

@@ -38,9 +38,11 @@ pub(super) fn to_client<F: Frame, T: Tables>(
     arrived: Arrived<'_>,
 ) -> Result<Verdict, Verdict> {
     // The path back to the pod: 0 while it is not known.
-    let limit = match arrived.vtep.and_then(|vtep| tables.vtep(vtep)) {
-        Some(vtep) => mss::limit(arrived.overlay, vtep.slot().mtu),
-        None => 0,
+    let limit = match arrived.vtep {
+        Some(vtep) if mss::applies(frame, arrived.packet, arrived.overlay) => {
+            tables.vtep(vtep).map_or(0, |vtep| vtep.slot().mtu)
+        }
+        _ => 0,
     };
     if arrived.overlay.may_be_snat(arrived.packet.destination) {
         session::from_pod(frame, tables, arrived, limit)?;

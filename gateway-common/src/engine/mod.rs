@@ -22,7 +22,7 @@ mod tables;
 mod too_big;
 mod verdict;
 
-pub use tables::{Fib, FibQuery, Frame, Inserted, Sessions, Tables};
+pub use tables::{Fib, FibQuery, Frame, Inserted, Sessions, Tables, WayOut};
 pub use verdict::{Action, Verdict};
 
 use crate::{

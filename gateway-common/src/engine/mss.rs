@@ -8,7 +8,7 @@ use network_types::ip::Ipv4Hdr;
 
 use super::{
     Frame, Tables, Verdict,
-    classify::{FRAGMENT_BITS, TCP},
+    classify::{Packet, TCP},
 };
 use crate::{
     abi::{Overlay, OverlayFlags},
@@ -28,14 +28,18 @@ const OPTIONS: usize = 4;
 /// IPv4 and TCP headers without options, which the MSS does not count (RFC 6691).
 const HEADERS: u16 = 40;
 
-/// The MTU to which SYNs through a VTEP of `mtu` bytes are held; 0 if they are not.
+/// Whether `packet` is a SYN that is held to the MTU of its path: [`clamp`] looks only at those. What has IP options is
+/// left to the kernel.
 #[inline(always)]
-pub(super) fn limit(overlay: &Overlay, mtu: u16) -> u16 {
-    if overlay.flags.has(OverlayFlags::CLAMP_MSS) { mtu } else { 0 }
+pub(super) fn applies<F: Frame>(frame: &F, packet: Packet, overlay: &Overlay) -> bool {
+    overlay.flags.has(OverlayFlags::CLAMP_MSS)
+        && packet.protocol == TCP
+        && !packet.is_fragment()
+        && frame.read::<[u8; HEADER]>(packet.transport()).is_some_and(|header| header[FLAGS] & SYN != 0)
 }
 
-/// Lowers the MSS option of a frame that leaves by `verdict`, if it is a SYN that announces more than fits
-/// [`Verdict::mtu`]. `None` if there is nothing to lower.
+/// Lowers the MSS option of a SYN that leaves by `verdict`, if it announces more than fits [`Verdict::mtu`]. `None` if
+/// there is nothing to lower.
 #[inline(always)]
 pub(super) fn clamp<F: Frame, T: Tables>(frame: &mut F, tables: &T, verdict: &mut Verdict) -> Option<()> {
     let mtu = verdict.mtu();
@@ -44,16 +48,8 @@ pub(super) fn clamp<F: Frame, T: Tables>(frame: &mut F, tables: &T, verdict: &mu
         _ => Ethernet::LEN,
     };
     let at = if verdict.is_tunnelled() { link + size_of::<Ipv4Hdr>() + TunnelHeaders::LEN } else { link };
-    let ip = frame.read::<Ipv4Hdr>(at)?;
-    if ip.proto != TCP || u16::from_be_bytes(ip.frags) & FRAGMENT_BITS != 0 {
-        return None;
-    }
-    // What has IP options is left to the kernel.
     let tcp = at + size_of::<Ipv4Hdr>();
     let header = frame.read::<[u8; HEADER]>(tcp)?;
-    if header[FLAGS] & SYN == 0 {
-        return None;
-    }
     // From here on one way serves all outcomes.
     *verdict = tables.forget(*verdict);
     let end = usize::from(header[12] >> 4) * 4;

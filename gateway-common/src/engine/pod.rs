@@ -140,6 +140,7 @@ fn deliver<F: Frame, T: Tables>(
     let copy_df = overlay.flags.has(OverlayFlags::DF_INHERIT) && dont_fragment;
     let outer = emit::Outer { hash: target.hash, tos: packet.tos, dont_fragment: copy_df };
     let direct = slot.flags.has(VtepFlags::DIRECT);
+    let limit = if mss::applies(frame, packet, overlay) { slot.mtu } else { 0 };
     match emit::to_vtep(frame, link.len, packet.space, slot, outer) {
         Ok(at) => {
             if let Some(rewrite) = target.translation
@@ -151,7 +152,6 @@ fn deliver<F: Frame, T: Tables>(
                 Outcome::Encap if direct => Outcome::RouteDirect,
                 outcome => outcome,
             };
-            let limit = mss::limit(overlay, slot.mtu);
             Verdict::send(outcome, slot.ifindex, config).clamping(limit).tunnelled(!direct)
         }
         Err(verdict) if target.translation.is_some() => verdict.or_drop(Outcome::ResizeFailed),

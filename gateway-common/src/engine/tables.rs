@@ -11,7 +11,7 @@ use crate::{
         Config, Egress, Forward, ForwardKey, LocalAddress, OverlayAddress, PrefixKey, Reverse, ReverseKey,
         Route, SessionEvent, State, Ticks, Vtep,
     },
-    wire::{Ipv4, Mac, Wire},
+    wire::{Ethernet, Ipv4, Mac, Wire},
 };
 
 /// A frame, from the first byte of the Ethernet header.
@@ -68,6 +68,8 @@ pub enum Fib {
         source: Mac,
         /// MAC address of the next hop.
         next_hop: Mac,
+        /// Largest packet that this way takes, bytes; at least what was asked for.
+        mtu: u16,
     },
     /// Not to be forwarded: local, broadcast, or no route.
     NotForwarded,
@@ -77,6 +79,44 @@ pub enum Fib {
     TooBig,
     /// Blackhole, unreachable, prohibited, forwarding switched off, a tunnel of the kernel's.
     Refused,
+}
+
+/// A way out that was found for a flow, and everything that a packet needs to take it. Asking the FIB costs more than
+/// all the rest of a packet's way, so an answer serves the flow for the rest of the tick.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WayOut {
+    /// The tick in which it was found.
+    pub found: Ticks,
+    /// For packets from this address.
+    pub source: Ipv4,
+    /// For packets to this address.
+    pub destination: Ipv4,
+    /// For packets with this type of service.
+    pub tos: u8,
+    /// For packets of this protocol.
+    pub protocol: u8,
+    /// Largest packet, bytes; 0 in an entry that was never filled, so that it serves nobody.
+    pub mtu: u16,
+    /// Interface to leave by.
+    pub ifindex: u32,
+    /// VLAN id to push, 0 for none.
+    pub vlan: u16,
+    /// Link header, without a tag.
+    pub link: Ethernet,
+}
+
+impl WayOut {
+    /// Whether it was found for such a packet in this very tick.
+    #[inline(always)]
+    pub(super) fn serves(&self, query: &FibQuery, now: Ticks) -> bool {
+        self.found == now
+            && self.source == query.source
+            && self.destination == query.destination
+            && self.tos == query.tos
+            && self.protocol == query.protocol
+            && self.mtu >= query.total_length
+    }
 }
 
 /// How an insertion ended.
@@ -171,6 +211,10 @@ pub trait Tables: Sessions {
 
     /// Asks the FIB, as if the packet had arrived on this interface.
     fn fib(&self, query: &FibQuery) -> Fib;
+
+    /// Gives `work` the place where the way out of such packets is remembered, which is this CPU's alone and may hold
+    /// anybody's, and gives what `work` gives.
+    fn with_way_out<R>(&self, query: &FibQuery, work: impl FnOnce(&mut WayOut) -> R) -> Option<R>;
 
     /// Whether one more ICMP error may be sent now; takes it from the allowance (RFC 1812 section 4.3.2.8).
     fn may_answer(&self) -> bool;

@@ -17,8 +17,8 @@ use crate::{
     wire::{EtherType, Ethernet},
 };
 
-/// Translates a pod's packet back and sends it to its client; `Ok` if its destination is no SNAT address. `limit` is
-/// [`mss::limit`](crate::engine::mss::limit).
+/// Translates a pod's packet back and sends it to its client; `Ok` if its destination is no SNAT address. `limit` is the MTU
+/// to which a SYN is held, 0 for anything else.
 #[inline(always)]
 pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
     frame: &mut F,

@@ -9,7 +9,7 @@ use crate::{
     },
     checksum::Sum,
     engine::{Action, Fib, Verdict},
-    model::{FibEntry, HostTables},
+    model::HostTables,
     wire::{Be16, Ipv4, Mac, Vni},
 };
 
@@ -97,7 +97,7 @@ pub(super) fn gateway() -> HostTables {
     config.roles = Roles::BOTH;
     config.overlay_count = 1;
     config.overlays[0] = overlay;
-    let outward = Fib::Forward { ifindex: OUTSIDE, source: Mac::new(NIC), next_hop: Mac::new(CLIENT_NIC) };
+    let outward = Fib::Forward { ifindex: OUTSIDE, source: Mac::new(NIC), next_hop: Mac::new(CLIENT_NIC), mtu: 1500 };
     HostTables {
         config,
         pods: [(key(POD), Route::to(NODE_ID)), (key(OTHER_POD), Route::to(OTHER_ID))].into(),
@@ -117,7 +117,7 @@ pub(super) fn gateway() -> HostTables {
         ]
         .into(),
         egress: [(OUTSIDE, Egress { ifindex: OUTSIDE, vlan: 0, kind: Egress::EXTERNAL })].into(),
-        fib: [(Ipv4::new(CLIENT), FibEntry { answer: outward, mtu: 1500 })].into(),
+        fib: [(Ipv4::new(CLIENT), outward)].into(),
         icmp_allowance: std::cell::Cell::new(u32::MAX),
         ..HostTables::default()
     }

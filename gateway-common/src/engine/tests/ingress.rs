@@ -7,7 +7,7 @@ use super::{encapsulation::fix, fixture::*};
 use crate::{
     abi::{Egress, Outcome, OverlayFlags, Roles, VtepFlags},
     engine::{Action, Fib},
-    model::FibEntry,
+    model::HostTables,
     wire::{Ipv4, Mac},
 };
 
@@ -227,15 +227,42 @@ fn outer_udp_length(#[case] by: i16) {
 #[case(Fib::NoNeighbour, Outcome::OutNoNeighbour)]
 #[case(Fib::Refused, Outcome::OutRefused)]
 #[case(Fib::TooBig, Outcome::OutOversize)]
-#[case(Fib::Forward { ifindex: 55, source: Mac::ZERO, next_hop: Mac::ZERO }, Outcome::OutOtherInterface)]
-#[case(Fib::Forward { ifindex: 66, source: Mac::ZERO, next_hop: Mac::ZERO }, Outcome::TunnelToTunnel)]
-#[case(Fib::Forward { ifindex: 77, source: Mac::ZERO, next_hop: Mac::ZERO }, Outcome::OutOtherInterface)]
+#[case(Fib::Forward { ifindex: 55, source: Mac::ZERO, next_hop: Mac::ZERO, mtu: 1500 }, Outcome::OutOtherInterface)]
+#[case(Fib::Forward { ifindex: 66, source: Mac::ZERO, next_hop: Mac::ZERO, mtu: 1500 }, Outcome::TunnelToTunnel)]
+#[case(Fib::Forward { ifindex: 77, source: Mac::ZERO, next_hop: Mac::ZERO, mtu: 1500 }, Outcome::OutOtherInterface)]
 fn what_the_fib_says(#[case] answer: Fib, #[case] expected: Outcome) {
     let mut tables = gateway();
-    tables.fib.insert(Ipv4::new(CLIENT), FibEntry { answer, mtu: 1500 });
+    tables.fib.insert(Ipv4::new(CLIENT), answer);
     tables.egress.insert(66, Egress { ifindex: 66, vlan: 0, kind: Egress::TUNNEL });
     tables.egress.insert(77, Egress { ifindex: 77, vlan: 0, kind: 0 });
     assert_eq!(outcome(&tables, &pod_udp(0, 64, 0, b"")), expected);
+}
+
+/// The FIB's answer serves that flow for the rest of the tick, and nobody else.
+#[test]
+fn the_way_out_is_remembered() {
+    let mut tables = gateway();
+    let other = Mac::new([2, 0, 0, 0, 9, 9]);
+    let next_hop = |tables: &HostTables, frame: &[u8]| {
+        let (outcome, _, after) = run(tables, frame);
+        assert_eq!(outcome, Outcome::Decap);
+        Mac::new(after[..6].try_into().unwrap())
+    };
+    let frame = pod_udp(0, 64, 0, b"data");
+    assert_eq!(next_hop(&tables, &frame), Mac::new(CLIENT_NIC));
+    let Some(Fib::Forward { next_hop: hop, mtu, .. }) = tables.fib.get_mut(&Ipv4::new(CLIENT)) else {
+        unreachable!()
+    };
+    (*hop, *mtu) = (other, 600);
+    assert_eq!(next_hop(&tables, &frame), Mac::new(CLIENT_NIC));
+    assert_eq!(next_hop(&tables, &pod_udp(0, 64, 4, b"data")), other, "another type of service");
+    assert_eq!(outcome(&tables, &pod_udp(0, 64, 4, &[0; 700])), Outcome::OutOversize, "larger than remembered");
+    assert_eq!(next_hop(&tables, &frame), other, "another flow took the place");
+
+    tables.fib.clear();
+    assert_eq!(outcome(&tables, &pod_udp(0, 1, 0, b"data")), Outcome::OutTtlExpired);
+    tables.sessions.now.set(1);
+    assert_eq!(outcome(&tables, &frame), Outcome::OutLocal, "the next tick");
 }
 
 /// A packet for the gateway itself may use up its TTL on the way here; one to be routed may not.
@@ -244,6 +271,7 @@ fn ttl_counts_only_when_routed() {
     let mut tables = gateway();
     assert_eq!(outcome(&tables, &pod_udp(0, 1, 0, b"")), Outcome::OutTtlExpired);
     tables.fib.clear();
+    tables.sessions.now.set(1);
     assert_eq!(outcome(&tables, &pod_udp(0, 1, 0, b"")), Outcome::OutLocal);
 }
 

@@ -32,7 +32,7 @@ use crate::{
         Reverse, ReverseKey, Route, SessionEvent, SnatRule, State, SweepMode, Ticks, Timeouts, Vtep, ticks,
     },
     engine::{
-        Fib, FibQuery, Inserted, Sessions, Tables, process,
+        Fib, FibQuery, Inserted, Sessions, Tables, WayOut, process,
         session::{Opening, Shared, sweep},
     },
     model::{HostFrame, HostTables},
@@ -371,6 +371,10 @@ impl Tables for Interleaved {
 
     fn fib(&self, query: &FibQuery) -> Fib {
         self.host.fib(query)
+    }
+
+    fn with_way_out<R>(&self, query: &FibQuery, work: impl FnOnce(&mut WayOut) -> R) -> Option<R> {
+        self.host.with_way_out(query, work)
     }
 }
 
