@@ -102,7 +102,7 @@ pub struct HostTables {
     /// Ways out.
     pub egress: BTreeMap<u32, Egress>,
     /// The FIB's answers by destination; all others are not forwarded.
-    pub fib: BTreeMap<Ipv4, Fib>,
+    pub fib: BTreeMap<Ipv4, FibEntry>,
     /// The way out that is remembered: of one flow at a time.
     pub way_out: RefCell<WayOut>,
     /// How many more ICMP errors may be sent.
@@ -130,6 +130,15 @@ pub struct HostSessions {
     pub events: Rc<RefCell<BTreeMap<SessionEvent, u64>>>,
     /// How many entries each of the two tables takes.
     pub capacity: Option<usize>,
+}
+
+/// A modelled answer of the FIB.
+#[derive(Clone, Copy, Debug)]
+pub struct FibEntry {
+    /// The answer.
+    pub answer: Fib,
+    /// MTU of the way, which the kernel looks at before the neighbour; larger packets are [`Fib::TooBig`].
+    pub mtu: u16,
 }
 
 impl HostTables {
@@ -270,8 +279,8 @@ impl Tables for HostTables {
 
     fn fib(&self, query: &FibQuery) -> Fib {
         match self.fib.get(&query.destination) {
-            Some(Fib::Forward { mtu, .. }) if query.total_length > *mtu => Fib::TooBig,
-            Some(answer) => *answer,
+            Some(entry) if query.total_length > entry.mtu => Fib::TooBig,
+            Some(entry) => entry.answer,
             None => Fib::NotForwarded,
         }
     }

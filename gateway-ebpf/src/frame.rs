@@ -26,11 +26,17 @@ impl<'a> XdpFrame<'a> {
     }
 
     /// Address of a `T` at `offset`, if it lies inside the frame. The comparison is in the form that the verifier
-    /// takes as proof.
+    /// takes as proof. To the compiler the bounds are numbers of 32 bits: loads that it might merge with others it would
+    /// narrow to that, and the verifier would no longer see an address.
     #[inline(always)]
     fn address<T: Wire>(&self, offset: usize) -> Option<usize> {
-        let start = self.context.data() + offset;
-        if start + size_of::<T>() > self.context.data_end() { None } else { Some(start) }
+        let context = self.context.ctx;
+        // SAFETY: the context is the one that the kernel gave this program.
+        let (data, end) = unsafe {
+            ((&raw const (*context).data).read_volatile(), (&raw const (*context).data_end).read_volatile())
+        };
+        let start = data as usize + offset;
+        if start + size_of::<T>() > end as usize { None } else { Some(start) }
     }
 }
 

@@ -144,9 +144,9 @@ fn routed<F: Frame, P: Front>(
 
 /// How a packet leaves to the outside.
 #[derive(Clone, Copy)]
-pub(super) struct Outward {
-    /// Addresses of the link; its type is written as IPv4.
-    pub link: Ethernet,
+pub(super) struct Outward<'a> {
+    /// Header of the link, of an IPv4 packet; where it lies, as on the stack it would be copied in odd pieces.
+    pub link: &'a Ethernet,
     /// VLAN tag to push, 0 for none.
     pub vlan: u16,
     /// New ECN bits, if they change.
@@ -156,15 +156,17 @@ pub(super) struct Outward {
 /// Strips everything in front of the packet at `at`, and gives it a link header for the outside; where the packet's
 /// IP header is then.
 #[inline(always)]
-pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward) -> Result<usize, Verdict> {
+pub(super) fn to_outside<F: Frame>(frame: &mut F, at: usize, outward: Outward<'_>) -> Result<usize, Verdict> {
     let (at, ip) = if outward.vlan == 0 {
         let routed: &mut Routed<Ethernet> = resized(frame, at, Ethernet::LEN)?;
-        routed.front = Ethernet { kind: EtherType::IPV4, ..outward.link };
+        routed.front = *outward.link;
         (Ethernet::LEN, &mut routed.ip)
     } else {
         let routed: &mut Routed<TaggedEthernet> = resized(frame, at, TaggedEthernet::LEN)?;
-        let tag = Tag { tci: Be16::new(outward.vlan), kind: EtherType::IPV4 };
-        routed.front = TaggedEthernet { ethernet: Ethernet { kind: EtherType::VLAN, ..outward.link }, tag };
+        // In place: put together on the stack, it would be copied in odd pieces.
+        routed.front.ethernet = *outward.link;
+        routed.front.ethernet.kind = EtherType::VLAN;
+        routed.front.tag = Tag { tci: Be16::new(outward.vlan), kind: EtherType::IPV4 };
         (TaggedEthernet::LEN, &mut routed.ip)
     };
     if let Some(ecn) = outward.ecn {

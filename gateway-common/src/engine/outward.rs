@@ -40,7 +40,7 @@ pub(super) fn route<F: Frame, T: Tables>(
         if packet.ttl <= 1 {
             return Err(Verdict::pass(Outcome::OutTtlExpired));
         }
-        emit::to_outside(frame, packet.at, Outward { link: way.link, vlan: way.vlan, ecn })?;
+        emit::to_outside(frame, packet.at, Outward { link: &way.link, vlan: way.vlan, ecn })?;
         Ok(Verdict::send(outcome, way.ifindex, tables.config()).clamping(limit))
     });
     sent.unwrap_or(Err(Verdict::drop(Outcome::ResizeFailed)))

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fs, net::IpAddr, panic, thread};
 
 use gateway_common::{
     engine::Fib,
+    model::FibEntry,
     wire::{Ipv4, Mac},
 };
 use netlink_packet_route::route::{RouteScope, RouteType};
@@ -115,14 +116,15 @@ pub(crate) fn inside<T: Send>(work: impl FnOnce(Ports) -> T + Send) -> T {
 }
 
 /// The FIB of [`inside`] as the model of the host engine has it.
-pub(crate) fn model(ports: &Ports) -> BTreeMap<Ipv4, Fib> {
+pub(crate) fn model(ports: &Ports) -> BTreeMap<Ipv4, FibEntry> {
     let entry = |way: Way| match way {
-        Way::Link(port, Some(next_hop)) | Way::Router(port, _, next_hop) => {
-            Fib::Forward { ifindex: port.index, source: port.mac, next_hop, mtu: port.mtu }
-        }
-        Way::Link(_, None) => Fib::NoNeighbour,
-        Way::Refused(_) => Fib::Refused,
-        Way::Own(_) => Fib::NotForwarded,
+        Way::Link(port, Some(next_hop)) | Way::Router(port, _, next_hop) => FibEntry {
+            answer: Fib::Forward { ifindex: port.index, source: port.mac, next_hop, mtu: port.mtu },
+            mtu: port.mtu,
+        },
+        Way::Link(port, None) => FibEntry { answer: Fib::NoNeighbour, mtu: port.mtu },
+        Way::Refused(_) => FibEntry { answer: Fib::Refused, mtu: u16::MAX },
+        Way::Own(_) => FibEntry { answer: Fib::NotForwarded, mtu: u16::MAX },
     };
     destinations(ports).into_iter().map(|(address, way)| (Ipv4::new(address), entry(way))).collect()
 }

@@ -63,7 +63,7 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
     }
     let rewrite = Rewrite::reverse(&entry);
     let link = Ethernet { dst: hop.mac, src: port.mac, kind: EtherType::IPV4 };
-    let outward = Outward { link, vlan: hop.vlan(), ecn: arrived.ecn };
+    let outward = Outward { link: &link, vlan: hop.vlan(), ecn: arrived.ecn };
     let at = emit::to_outside(frame, packet.at, outward)
         .map_err(|verdict| verdict.or_drop(Outcome::ResizeFailed))?;
     translate::to_client(frame, at, rewrite, outcome).ok_or(Verdict::drop(Outcome::ResizeFailed))?;

@@ -9,7 +9,7 @@ use crate::{
     },
     checksum::Sum,
     engine::{Action, Fib, Verdict},
-    model::HostTables,
+    model::{FibEntry, HostTables},
     wire::{Be16, Ipv4, Mac, Vni},
 };
 
@@ -117,7 +117,7 @@ pub(super) fn gateway() -> HostTables {
         ]
         .into(),
         egress: [(OUTSIDE, Egress { ifindex: OUTSIDE, vlan: 0, kind: Egress::EXTERNAL })].into(),
-        fib: [(Ipv4::new(CLIENT), outward)].into(),
+        fib: [(Ipv4::new(CLIENT), FibEntry { answer: outward, mtu: 1500 })].into(),
         icmp_allowance: std::cell::Cell::new(u32::MAX),
         ..HostTables::default()
     }

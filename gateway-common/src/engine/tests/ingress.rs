@@ -7,7 +7,7 @@ use super::{encapsulation::fix, fixture::*};
 use crate::{
     abi::{Egress, Outcome, OverlayFlags, Roles, VtepFlags},
     engine::{Action, Fib},
-    model::HostTables,
+    model::{FibEntry, HostTables},
     wire::{Ipv4, Mac},
 };
 
@@ -232,7 +232,7 @@ fn outer_udp_length(#[case] by: i16) {
 #[case(Fib::Forward { ifindex: 77, source: Mac::ZERO, next_hop: Mac::ZERO, mtu: 1500 }, Outcome::OutOtherInterface)]
 fn what_the_fib_says(#[case] answer: Fib, #[case] expected: Outcome) {
     let mut tables = gateway();
-    tables.fib.insert(Ipv4::new(CLIENT), answer);
+    tables.fib.insert(Ipv4::new(CLIENT), FibEntry { answer, mtu: 1500 });
     tables.egress.insert(66, Egress { ifindex: 66, vlan: 0, kind: Egress::TUNNEL });
     tables.egress.insert(77, Egress { ifindex: 77, vlan: 0, kind: 0 });
     assert_eq!(outcome(&tables, &pod_udp(0, 64, 0, b"")), expected);
@@ -250,10 +250,8 @@ fn the_way_out_is_remembered() {
     };
     let frame = pod_udp(0, 64, 0, b"data");
     assert_eq!(next_hop(&tables, &frame), Mac::new(CLIENT_NIC));
-    let Some(Fib::Forward { next_hop: hop, mtu, .. }) = tables.fib.get_mut(&Ipv4::new(CLIENT)) else {
-        unreachable!()
-    };
-    (*hop, *mtu) = (other, 600);
+    let answer = Fib::Forward { ifindex: OUTSIDE, source: Mac::new(NIC), next_hop: other, mtu: 600 };
+    tables.fib.insert(Ipv4::new(CLIENT), FibEntry { answer, mtu: 600 });
     assert_eq!(next_hop(&tables, &frame), Mac::new(CLIENT_NIC));
     assert_eq!(next_hop(&tables, &pod_udp(0, 64, 4, b"data")), other, "another type of service");
     assert_eq!(outcome(&tables, &pod_udp(0, 64, 4, &[0; 700])), Outcome::OutOversize, "larger than remembered");
