@@ -10,6 +10,21 @@ use std::{
     path::Path,
 };
 
+/// What is wrong, with what the kernel said: aya's own texts name the call alone.
+pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// Commands, `enum bpf_cmd` in `linux/bpf.h`.
 #[derive(Clone, Copy)]
 #[repr(u32)]

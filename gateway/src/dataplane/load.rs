@@ -10,7 +10,7 @@ use aya::{
     programs::{
         ProgramError, Xdp, XdpMode,
         links::{FdLink, LinkError, PinnedLink},
-        loaded_programs,
+        loaded_links, loaded_programs,
         xdp::XdpLink,
     },
 };
@@ -67,8 +67,7 @@ pub enum LoadError {
     /// Somebody else's program is there.
     #[error(
         "interface {interface} already runs an XDP program that is not ours (id {id}, name {name}): it is left alone. \
-         Remove it with the tool that attached it, or by `ip link set dev {interface} xdp off` or \
-         `bpftool net detach xdp dev {interface}`, then start the gateway again"
+         {remedy}, then start the gateway again"
     )]
     Foreign {
         /// Interface.
@@ -77,6 +76,8 @@ pub enum LoadError {
         id: u32,
         /// Program name.
         name: String,
+        /// How to remove it.
+        remedy: String,
     },
     /// The driver cannot do XDP.
     #[error(
@@ -90,7 +91,7 @@ pub enum LoadError {
         source: io::Error,
     },
     /// Attaching failed otherwise.
-    #[error("cannot attach the XDP program to interface {interface}: {source}")]
+    #[error("cannot attach the XDP program to interface {interface}: {}", bpf::reason(source))]
     Attach {
         /// Interface.
         interface: String,
@@ -98,7 +99,11 @@ pub enum LoadError {
         source: ProgramError,
     },
     /// The attachment cannot be read.
-    #[error("cannot use the pinned attachment of interface {interface}: {source}")]
+    #[error(
+        "cannot use the pinned attachment of interface {interface}: {}; if somebody else pinned it, `gateway detach` \
+         removes it",
+        bpf::reason(source)
+    )]
     Link {
         /// Interface.
         interface: String,
@@ -114,7 +119,7 @@ pub enum LoadError {
         source: io::Error,
     },
     /// The attachment cannot be made to outlive the daemon.
-    #[error("cannot pin the attachment of interface {interface}: {source}")]
+    #[error("cannot pin the attachment of interface {interface}: {}", bpf::reason(source))]
     Pinning {
         /// Interface.
         interface: String,
@@ -415,7 +420,7 @@ impl Programs {
             attached = program.attach_to_if_index(link.index, mode);
         }
         let id = attached.map_err(|error| match errno(&error) {
-            Some(libc::EBUSY | libc::EEXIST) => foreign(link),
+            Some(libc::EBUSY | libc::EEXIST) => self.foreign(link),
             Some(code @ (libc::EOPNOTSUPP | libc::EINVAL)) if mode == XdpMode::Driver => {
                 LoadError::NoDriverSupport {
                     interface: interface.clone(),
@@ -432,6 +437,28 @@ impl Programs {
             .pin(self.pins().link(interface))
             .map_err(|source| LoadError::Pinning { interface: interface.clone(), source })?;
         Ok(())
+    }
+
+    /// Who runs on the interface, for the error.
+    fn foreign(&self, link: &Link) -> LoadError {
+        let interface = link.name.clone();
+        let id = link.xdp.program.unwrap_or(0);
+        let name = program_name(id).unwrap_or_else(|| "unknown".to_owned());
+        let remedy = if let Some(other) = self.pins().other_instance(&interface) {
+            format!(
+                "It is of the gateway's instance {other}: take the interface out of that one's configuration and restart \
+                 it, or remove it altogether with `gateway detach --instance {other}`"
+            )
+        } else if let Some(link) = loaded_links().filter_map(Result::ok).find(|link| link.program_id() == id)
+        {
+            format!("Remove it with the tool that attached it, or by `bpftool link detach id {}`", link.id())
+        } else {
+            format!(
+                "Remove it with the tool that attached it, or by `ip link set dev {interface} xdp off` or \
+                 `bpftool net detach xdp dev {interface}`"
+            )
+        };
+        LoadError::Foreign { interface, id, name, remedy }
     }
 
     fn unpin(&self, interface: &str) -> Result<(), PinError> {
@@ -504,13 +531,6 @@ fn report(merged: Merged, what: &str) {
     } else {
         info!(added, updated, "{what}");
     }
-}
-
-/// Who runs on the interface, for the error.
-fn foreign(link: &Link) -> LoadError {
-    let id = link.xdp.program.unwrap_or(0);
-    let name = program_name(id).unwrap_or_else(|| "unknown".to_owned());
-    LoadError::Foreign { interface: link.name.clone(), id, name }
 }
 
 /// Name of a loaded program.

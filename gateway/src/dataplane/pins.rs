@@ -24,9 +24,12 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    fs::{self, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::MetadataExt as _,
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -39,8 +42,11 @@ use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
+    unistd::geteuid,
 };
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use super::bpf::reason;
 
 /// Directory for runtime files; one subdirectory for each instance.
 pub const RUN_DIRECTORY: &str = "/run/gateway";
@@ -62,8 +68,23 @@ pub enum PinError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Others could change what is trusted.
+    #[error("{} {flaw}: {remedy}, then start again", path.display())]
+    Unsafe {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        flaw: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// Something that is no map is pinned in a map's place.
+    #[error("{} is no map: remove what is pinned there with `gateway detach`, and start again", .0.display())]
+    NotAMap(PathBuf),
     /// A pinned map cannot be opened.
-    #[error("cannot open the pinned map {}: {source}", path.display())]
+    #[error(
+        "cannot open the pinned map {}: {}; if somebody else put it there, `gateway detach` removes it", path.display(), reason(source)
+    )]
     Map {
         /// The pin.
         path: PathBuf,
@@ -331,6 +352,22 @@ impl Pins {
         self.links().join(interface.replace('%', "%25").replace('.', "%2e"))
     }
 
+    /// Another instance that has a pinned link of the interface.
+    pub(super) fn other_instance(&self, interface: &str) -> Option<String> {
+        let name = self.link(interface);
+        let name = name.file_name()?;
+        let has_link = |instance: &Path| {
+            list(instance).is_ok_and(|versions| {
+                versions.iter().any(|version| version.join("links").join(name).exists())
+            })
+        };
+        list(&self.bpffs.join("gateway"))
+            .ok()?
+            .into_iter()
+            .filter(|instance| *instance != self.directory() && has_link(instance))
+            .find_map(|instance| Some(instance.file_name()?.to_string_lossy().into_owned()))
+    }
+
     /// Interfaces that have a pinned link.
     pub fn linked_interfaces(&self) -> Result<Vec<String>, PinError> {
         let mut names: Vec<String> = list(&self.links())?
@@ -345,19 +382,31 @@ impl Pins {
     /// Makes the directories, and mounts the bpffs if nobody did.
     pub fn prepare(&self) -> Result<(), PinError> {
         let bpffs = &self.bpffs;
-        make_directory(bpffs)?;
+        fs::create_dir_all(bpffs).map_err(|source| PinError::Io {
+            verb: "create",
+            path: bpffs.clone(),
+            source,
+        })?;
         let found = statfs(bpffs).map_err(|error| PinError::Io {
             verb: "look at",
             path: bpffs.clone(),
             source: error.into(),
         })?;
         if found.filesystem_type() != BPF_FS_MAGIC {
-            mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(|error| {
+            // As systemd mounts it.
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            mount(Some("bpf"), bpffs, Some("bpf"), flags, Some("mode=0700")).map_err(|error| {
                 PinError::Io { verb: "mount a bpffs on", path: bpffs.clone(), source: error.into() }
             })?;
         }
-        make_directory(&self.version().join("maps"))?;
-        make_directory(&self.links())
+        let own = [
+            bpffs.join("gateway"),
+            self.directory(),
+            self.version(),
+            self.version().join("maps"),
+            self.links(),
+        ];
+        own.iter().try_for_each(|path| make_directory(path))
     }
 
     /// The paths of what a start that was cut off left in the staging directory.
@@ -386,8 +435,7 @@ impl Pins {
             if !path.exists() {
                 continue;
             }
-            let info =
-                MapInfo::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
+            let (_, info) = open(&path)?;
             let any_size = MapSpec { max_entries: info.max_entries(), ..*spec };
             if info.max_entries() != spec.max_entries && spec.can_move() {
                 compare(&path, &info, &any_size)?;
@@ -454,8 +502,7 @@ impl Pins {
         if !path.exists() {
             return Err(PinError::Absent(path));
         }
-        let data = MapData::from_pin(&path).map_err(|source| PinError::Map { path: path.clone(), source })?;
-        let info = data.info().map_err(|source| PinError::Map { path: path.clone(), source })?;
+        let (data, info) = open(&path)?;
         compare(&path, &info, &MapSpec { max_entries: info.max_entries(), ..*spec })?;
         Ok(data)
     }
@@ -468,6 +515,18 @@ impl Pins {
     pub fn remove(&self) -> Result<bool, PinError> {
         remove_tree(&self.directory())
     }
+}
+
+/// Opens a pinned map. The kernel hands out whatever is pinned, and tells of a program as if it were a map.
+fn open(path: &Path) -> Result<(MapData, MapInfo), PinError> {
+    let fault = |source| PinError::Map { path: path.to_owned(), source };
+    let data = MapData::from_pin(path).map_err(fault)?;
+    let descriptor = format!("/proc/self/fd/{}", data.fd().as_fd().as_raw_fd());
+    if fs::read_link(descriptor).is_ok_and(|kind| kind != Path::new("anon_inode:bpf-map")) {
+        return Err(PinError::NotAMap(path.to_owned()));
+    }
+    let info = data.info().map_err(fault)?;
+    Ok((data, info))
 }
 
 fn compare(path: &Path, info: &MapInfo, spec: &MapSpec) -> Result<(), PinError> {
@@ -500,8 +559,30 @@ fn list(directory: &Path) -> Result<Vec<PathBuf>, PinError> {
     Ok(paths)
 }
 
+/// Makes a directory that nobody else can write to, in one that is there. Whoever could would decide what is taken for
+/// ours, and where our files lead.
 fn make_directory(path: &Path) -> Result<(), PinError> {
-    fs::create_dir_all(path).map_err(|source| PinError::Io { verb: "create", path: path.to_owned(), source })
+    let fault = |verb, source| PinError::Io { verb, path: path.to_owned(), source };
+    match DirBuilder::new().mode(0o755).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(fault("create", error)),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(path).map_err(|error| fault("look at", error))?;
+    let shown = path.display();
+    let (flaw, remedy) = if !found.is_dir() {
+        ("is no directory".to_owned(), format!("remove it (rm {shown})"))
+    } else if ![0, geteuid().as_raw()].contains(&found.uid()) {
+        (format!("belongs to user {}", found.uid()), format!("look what is in it, and chown root {shown}"))
+    } else if found.mode() & 0o022 != 0 {
+        let mode = found.mode() & 0o7777;
+        (
+            format!("may be written by others (mode {mode:o})"),
+            format!("look what is in it, and chmod 755 {shown}"),
+        )
+    } else {
+        return Ok(());
+    };
+    Err(PinError::Unsafe { path: path.to_owned(), flaw, remedy })
 }
 
 /// Removes links before maps (`links` sorts before `maps`): no packet meets a program without its tables.
@@ -561,11 +642,13 @@ impl InstanceLock {
     /// [`PinError::Locked`] if another process has it.
     pub fn take(instance: &str) -> Result<Self, PinError> {
         let directory = run_directory(instance);
+        make_directory(Path::new(RUN_DIRECTORY))?;
         make_directory(&directory)?;
         let path = directory.join("lock");
         let fault = |verb, source: io::Error| PinError::Io { verb, path: path.clone(), source };
         let open = || {
-            let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).to_owned();
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW);
             options.open(&path).map_err(|error| fault("open", error))
         };
         let mut file = open()?;
@@ -621,6 +704,37 @@ impl InstanceLock {
             Ok(_) => Ok(None),
             Err((mut file, Errno::EWOULDBLOCK)) => Ok(Some(process_in(&mut file).unwrap_or(0))),
             Err((_, error)) => Err(fault("try the lock", error.into())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    #[test]
+    fn directories_are_nobody_elses() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        make_directory(&at("own")).unwrap();
+        make_directory(&at("own")).unwrap();
+        assert!(matches!(make_directory(&at("absent/own")), Err(PinError::Io { .. })));
+
+        fs::create_dir(at("open")).unwrap();
+        fs::set_permissions(at("open"), fs::Permissions::from_mode(0o775)).unwrap();
+        fs::write(at("file"), "").unwrap();
+        symlink(at("own"), at("link")).unwrap();
+        for (name, flaw, remedy) in [
+            ("open", "may be written by others (mode 775)", "chmod 755"),
+            ("file", "is no directory", "rm "),
+            ("link", "is no directory", "rm "),
+        ] {
+            let error = make_directory(&at(name)).unwrap_err().to_string();
+            for part in [name, flaw, remedy] {
+                assert!(error.contains(part), "{part} in: {error}");
+            }
         }
     }
 }

@@ -26,8 +26,30 @@ const FILE: &str = "sysctl.json";
 
 /// A setting below `net.ipv4`, its parts separated by `/`: names of interfaces may contain dots.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(into = "String", try_from = "String")]
 pub struct Key(String);
+
+impl From<Key> for String {
+    fn from(Key(key): Key) -> Self {
+        key
+    }
+}
+
+/// What is restored is written as root, so it must be a setting.
+impl TryFrom<String> for Key {
+    type Error = String;
+
+    fn try_from(key: String) -> Result<Self, String> {
+        match key.split('/').collect::<Vec<_>>()[..] {
+            ["conf" | "neigh", interface, setting]
+                if ![interface, setting].iter().any(|part| ["", ".", ".."].contains(part)) =>
+            {
+                Ok(Self(key))
+            }
+            _ => Err(format!("{key:?} is no setting of an interface")),
+        }
+    }
+}
 
 impl Key {
     /// A setting of an interface.
@@ -220,6 +242,26 @@ impl Settings {
                 Err(SysctlError::File { verb: "remove", path: self.file, source })
             }
             _ => Ok(restored),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The file of old values is read as root, and what stands there is written.
+    #[test]
+    fn only_settings_of_interfaces_are_restored() {
+        let read = |key: &str| serde_json::from_value::<Key>(key.into());
+        for key in ["conf/eth0/forwarding", "conf/eth0.5/rp_filter", "neigh/ext0/proxy_delay"] {
+            let found = read(key).unwrap();
+            assert_eq!((serde_json::to_value(&found).unwrap(), found.0.as_str()), (key.into(), key));
+        }
+        for key in
+            ["conf/../forwarding", "conf/eth0/..", "../../../etc/passwd", "tcp_mem", "conf//x", "a/b/c", ""]
+        {
+            assert!(read(key).is_err(), "{key}");
         }
     }
 }

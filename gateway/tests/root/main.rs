@@ -10,4 +10,5 @@ mod restart;
 mod sandbox;
 mod sessions;
 mod tables;
+mod tampered;
 mod underlay;

@@ -19,16 +19,16 @@ use tokio::time::{sleep, timeout};
 
 use crate::sandbox::{config, isolated, sh};
 
-async fn link(name: &str) -> Link {
+pub(crate) async fn link(name: &str) -> Link {
     let host = Host::read(&netlink::connect().unwrap()).await.unwrap();
     host.by_name(name).unwrap_or_else(|| panic!("no {name}")).clone()
 }
 
-fn programs(config: &Config) -> Programs {
+pub(crate) fn programs(config: &Config) -> Programs {
     Programs::prepare(Pins::new(&config.datapath.bpffs, &config.instance), config).unwrap()
 }
 
-async fn attach(programs: &mut Programs, config: &Config, name: &str) -> Result<(), LoadError> {
+pub(crate) async fn attach(programs: &mut Programs, config: &Config, name: &str) -> Result<(), LoadError> {
     let link = link(name).await;
     let constants = constants(config, &Host::default(), &link, &Sessions::default()).unwrap();
     let loaded = programs.loader().load(name, &constants)?;
@@ -69,15 +69,19 @@ fn an_attachment_outlives_the_daemon_and_is_swapped() {
         assert_eq!(link("und").await.xdp.mode, Some(AttachMode::Generic));
 
         third.detach_others(|_| false).unwrap();
-        // The kernel lets go of a link that lost its pin a moment later.
-        timeout(Duration::from_secs(2), async {
-            while link("und").await.xdp.program.is_some() {
-                sleep(Duration::from_millis(10)).await;
-            }
-        })
-        .await
-        .expect("the program is still there");
+        wait_detached("und").await;
     });
+}
+
+/// The kernel lets go of a link that lost its pin a moment later.
+pub(crate) async fn wait_detached(name: &str) {
+    timeout(Duration::from_secs(2), async {
+        while link(name).await.xdp.program.is_some() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("the program is still there");
 }
 
 #[test]
@@ -110,10 +114,19 @@ fn a_foreign_program_is_left_alone() {
         let error = attach(&mut programs(&ours), &ours, "und").await.unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, LoadError::Foreign { .. }), "{text}");
-        for word in ["und", "name gateway", &format!("id {}", before.program.unwrap()), "xdp off"] {
+        let id = format!("id {}", before.program.unwrap());
+        for word in ["und", "name gateway", &id, "gateway detach --instance other"] {
             assert!(text.contains(word), "{word} in: {text}");
         }
         assert_eq!(link("und").await.xdp, before);
+
+        // A link of somebody else's: `ip link set xdp off` would be refused.
+        std::fs::rename(Pins::new(bpffs, "other").link("und"), bpffs.join("theirs")).unwrap();
+        let text = attach(&mut programs(&ours), &ours, "und").await.unwrap_err().to_string();
+        let advice = text.split('`').nth(1).unwrap();
+        assert!(advice.starts_with("bpftool link detach id "), "{text}");
+        sh(advice);
+        attach(&mut programs(&ours), &ours, "und").await.unwrap();
     });
 }
 

@@ -299,7 +299,30 @@ fn more_nodes_than_entries_is_a_problem_of_those_nodes_only() {
         );
         let look = Tables::open(&Pins::new(bpffs, "test")).unwrap();
         assert_eq!((used(&look.vteps.read().unwrap()).len(), look.pods.read().unwrap().len()), (64, 64));
+        let reached = |name: &str| reconciler_has(&reconciler, name);
+        assert!(reached("n63") && !reached("n64"), "the first by name");
+
+        // Three go, and in the next full pass three of those that wait have their place.
+        let rest = cluster(&nodes[3..]);
+        let gone = goal.vteps.keys().filter(|key| !rest.vteps.contains_key(*key)).cloned().collect();
+        let changes = Changes {
+            vteps: gone,
+            pods: goal.pods.keys().filter(|key| !rest.pods.contains_key(*key)).copied().collect(),
+            prefixes: goal.prefixes.keys().filter(|key| !rest.prefixes.contains_key(*key)).copied().collect(),
+            sources: goal.sources.keys().filter(|key| !rest.sources.contains_key(*key)).copied().collect(),
+        };
+        let slots = slots(&config, &rest, &hop(1));
+        reconciler.apply(&rest, &slots, Scope::Only(&changes));
+        let pass = reconciler.apply(&rest, &slots, Scope::Everything);
+        assert!(pass.problems.len() == 1 && pass.problems[0].contains("3 nodes"), "{:?}", pass.problems);
+        let reached = |name: &str| reconciler_has(&reconciler, name);
+        assert!(reached("n66") && !reached("n67"));
+        assert_eq!((used(&look.vteps.read().unwrap()).len(), look.pods.read().unwrap().len()), (64, 64));
     });
+}
+
+fn reconciler_has(reconciler: &Reconciler, node: &str) -> bool {
+    reconciler.vtep_id(&key(node)).is_some()
 }
 
 /// Sessions look for their pod again when the generation of the entry by which it was reached rises; those of pods that are
