@@ -59,7 +59,7 @@ pub const OFF: &[Lack] = &[
         off: "ICMP by the kernel; handshakes are not changed",
     },
     Lack {
-        what: "pods outside of their node's podCIDR",
+        what: "pods that moved out of their node's podCIDR",
         with_program: "reached by the table of exact pods",
         off: "not reached: the kernel has the routes of podCIDRs only",
     },

@@ -434,6 +434,68 @@ fn firewall_and_settings_are_kept(#[values(Mode::Driver, Mode::Off)] mode: Mode)
     assert!(!Path::new(&format!("/run/gateway/{}/sysctl.json", rig.lab.instance())).exists());
 }
 
+/// Routes, neighbours, forwarding entries, device and address: put right at once, not when everything is looked at again
+/// (30 seconds). What is not the gateway's stays.
+#[test]
+fn what_somebody_else_does_to_the_device_is_put_right() {
+    const AT_ONCE: Duration = Duration::from_secs(5);
+    const DEVICE: &str = "gw-flannel";
+    let rig = Rig::start("put-right", Mode::Driver);
+    let node = Node::new(1);
+    let (subnet, mac) = (node.subnet(), node.vtep());
+    let network = subnet.network();
+    let state = || {
+        let calls: [&[&str]; 4] = [
+            &["ip", "route", "show", "dev", DEVICE],
+            &["ip", "neigh", "show", "dev", DEVICE, "nud", "permanent"],
+            &["bridge", "fdb", "show", "dev", DEVICE],
+            &["ip", "-4", "-o", "address", "show", "dev", DEVICE, "scope", "global"],
+        ];
+        calls.map(|call| {
+            // The device may be absent for a moment. Its index tells nothing.
+            let text = rig.host().run(call).unwrap_or_default();
+            let mut lines: Vec<String> = text
+                .lines()
+                .map(|line| line.split_once(": ").map_or(line, |(_, rest)| rest).trim().to_owned())
+                .collect();
+            lines.sort();
+            lines
+        })
+    };
+    wait_until("the daemon is calm", SOON, || Ok((state()[0].len() == 3).then_some(()))).unwrap();
+    let right = state();
+    for change in [
+        format!("ip route del {subnet} dev {DEVICE}"),
+        format!(
+            "ip route replace {subnet} via {} dev {DEVICE} onlink proto 103 src {OVERLAY}",
+            Ipv4Addr::new(10, 244, 9, 0)
+        ),
+        format!("ip neigh del {network} dev {DEVICE}"),
+        format!("ip neigh replace {network} lladdr 02:00:00:00:00:99 dev {DEVICE} nud permanent"),
+        format!("bridge fdb del {mac} dev {DEVICE}"),
+        format!("bridge fdb replace {mac} dev {DEVICE} dst 172.16.2.99"),
+        format!("bridge fdb add 02:00:00:00:00:98 dev {DEVICE} dst 172.16.2.98"),
+        format!("ip address del {OVERLAY}/32 dev {DEVICE}"),
+        format!("ip link set {DEVICE} address 02:00:00:00:00:97"),
+        format!("ip link set {DEVICE} down"),
+        format!("ip link del {DEVICE}"),
+    ] {
+        let start = std::time::Instant::now();
+        let words: Vec<&str> = change.split(' ').collect();
+        rig.host().run(&words).unwrap();
+        wait_until(&change, AT_ONCE, || Ok((state() == right).then_some(()))).unwrap();
+        println!("{change}: put right after {:?}", start.elapsed());
+        assert_answered(rig.host(), node.pod_address(1), &[]);
+    }
+    rig.host().run(&["ip", "route", "add", "203.0.113.0/24", "dev", DEVICE]).unwrap();
+    rig.host().run(&["ip", "route", "del", &subnet.to_string(), "dev", DEVICE]).unwrap();
+    wait_until("the route is back", AT_ONCE, || {
+        Ok(state()[0].iter().any(|line| line.starts_with(&subnet.to_string())).then_some(()))
+    })
+    .unwrap();
+    assert!(state()[0].iter().any(|line| line.starts_with("203.0.113.0/24")));
+}
+
 /// From the program to the kernel alone and back, by the configuration.
 #[test]
 fn the_mode_can_be_changed() {

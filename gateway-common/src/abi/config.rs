@@ -14,6 +14,8 @@ pub const MAX_OVERLAYS: usize = 4;
 pub const MAX_VLANS: usize = 8;
 /// How many interfaces one gateway can drive; their index fits [`LastHop`](super::LastHop).
 pub const MAX_PORTS: usize = 16;
+/// How many prefixes of the host's own a program can know.
+pub const MAX_LOCAL_PREFIXES: usize = 8;
 /// How many rules say which clients are translated.
 pub const MAX_SNAT_RULES: usize = 32;
 /// How many SNAT addresses all pools have together.
@@ -60,6 +62,16 @@ pub struct Port {
     pub mac: Mac,
     /// Largest IP packet that fits, bytes.
     pub mtu: u16,
+}
+
+/// A prefix of addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Prefix {
+    /// Network address.
+    pub network: Ipv4,
+    /// Mask, contiguous ones.
+    pub mask: Ipv4,
 }
 
 /// Which clients are translated for which pods, and to what. The first rule that matches counts.
@@ -166,6 +178,10 @@ pub struct Config {
     pub port: u32,
     /// The interfaces. A session remembers its way out by the index, which outlives the interface.
     pub ports: [Port; MAX_PORTS],
+    /// How many of `local_prefixes` are used.
+    pub local_prefix_count: u32,
+    /// Prefixes that the kernel takes for itself. Single addresses are in the address table.
+    pub local_prefixes: [Prefix; MAX_LOCAL_PREFIXES],
     /// How many of `snat_rules` are used; 0 switches translation off.
     pub snat_rule_count: u32,
     /// Which clients are translated.
@@ -192,6 +208,14 @@ impl Config {
     #[inline(always)]
     pub fn is_own(&self, address: Ipv4) -> bool {
         self.overlays().any(|(_, overlay)| address.in_subnet(overlay.subnet, overlay.mask))
+    }
+
+    /// Whether `address` lies in a prefix that the kernel takes for itself.
+    #[inline(always)]
+    pub fn is_in_local_prefix(&self, address: Ipv4) -> bool {
+        let prefixes = self.local_prefixes.iter().take(self.local_prefix_count as usize);
+        // Without a way out of the loop, a verifier goes on with one state.
+        prefixes.fold(false, |found, prefix| found | address.in_subnet(prefix.network, prefix.mask))
     }
 
     /// Whether `address` might be a SNAT address of any overlay.

@@ -27,8 +27,8 @@ mod session;
 mod tables;
 
 pub use config::{
-    Config, MAX_OVERLAYS, MAX_PORTS, MAX_SNAT_ADDRESSES, MAX_SNAT_RULES, MAX_VLANS, Overlay, OverlayFlags,
-    Port, Roles, SnatRule, VlanPort,
+    Config, MAX_LOCAL_PREFIXES, MAX_OVERLAYS, MAX_PORTS, MAX_SNAT_ADDRESSES, MAX_SNAT_RULES, MAX_VLANS,
+    Overlay, OverlayFlags, Port, Prefix, Roles, SnatRule, VlanPort,
 };
 pub use outcome::{Class, Counter, OUTCOME_CAPACITY, Outcome, OutcomeInfo, Severity};
 pub use session::{
@@ -64,7 +64,8 @@ pub mod map {
     /// HASH of [`OverlayAddress`](super::OverlayAddress) to [`Route`](super::Route): outer sources and the node they
     /// belong to.
     pub const SOURCES: &str = "SOURCES";
-    /// HASH of [`Ipv4`](crate::wire::Ipv4) to [`LocalAddress`](super::LocalAddress): addresses of this host.
+    /// HASH of [`Ipv4`](crate::wire::Ipv4) to [`LocalAddress`](super::LocalAddress): addresses of this host. Its whole
+    /// prefixes are constants.
     pub const ADDRESSES: &str = "ADDRESSES";
     /// HASH of interface index to [`Egress`](super::Egress): where FIB results may lead.
     pub const EGRESS: &str = "EGRESS";

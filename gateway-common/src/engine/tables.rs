@@ -228,7 +228,8 @@ pub trait Tables: Sessions {
     /// Whether the host's network stack owns `address`.
     #[inline(always)]
     fn is_kernels(&self, address: Ipv4) -> bool {
-        self.address(address).is_some_and(|found| found.kind & LocalAddress::KERNEL != 0)
+        self.config().is_in_local_prefix(address)
+            || self.address(address).is_some_and(|found| found.kind & LocalAddress::KERNEL != 0)
     }
 
     /// Whether clients are translated to `address`, or were.

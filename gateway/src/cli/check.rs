@@ -91,9 +91,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 format!("valid; instance {}", config.instance),
             ));
             let runtime = runtime()?;
-            findings.extend(runtime.block_on(source::findings(&config)));
-            findings.extend(system::findings(Some(&config)));
             let host = runtime.block_on(async { anyhow::Ok(Host::read(&netlink::connect()?).await?) })?;
+            findings.extend(runtime.block_on(source::findings(&config, &host)));
+            findings.extend(system::findings(Some(&config)));
             findings.extend(host::findings(&config, &host));
             findings.extend(runtime.block_on(slow_path::findings(&config, &host)));
         }

@@ -85,10 +85,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     runtime()?.block_on(async {
         let handle = netlink::connect()?;
         for overlay in &target.overlays {
-            devices += usize::from(Device::new(handle.clone(), overlay).remove().await?);
+            devices += usize::from(Device::new(handle.clone(), &target.instance, overlay).remove().await?);
         }
         for name in &left {
-            devices += usize::from(device::remove(&handle, name).await?);
+            devices += usize::from(device::remove(&handle, &target.instance, name).await?);
         }
         let names: BTreeSet<String> = target.interfaces.iter().chain(&interfaces).cloned().collect();
         underlay::release(&handle, &Host::read(&handle).await?, &names).await?;

@@ -55,7 +55,7 @@ use crate::{
     kernel::{
         device::{Device, Goal, device_name},
         host::{Host, Link},
-        netlink,
+        netlink::{self, Subscription},
         underlay::{NextHop, Path, ReadyHop, Underlay},
     },
     plan::{Changes, Planner, VtepKey, VtepSpec},
@@ -214,7 +214,11 @@ impl Daemon {
         let mut daemon = Self {
             planner: Planner::new(&config.overlays),
             underlay: Underlay::new(handle.clone()),
-            devices: config.overlays.iter().map(|overlay| Device::new(handle.clone(), overlay)).collect(),
+            devices: config
+                .overlays
+                .iter()
+                .map(|overlay| Device::new(handle.clone(), &config.instance, overlay))
+                .collect(),
             handle,
             programs,
             interfaces: Interfaces::default(),
@@ -256,7 +260,8 @@ impl Daemon {
     ///
     /// rtnetlink cannot be subscribed to.
     pub async fn run(mut self, cancel: CancellationToken) -> anyhow::Result<()> {
-        let mut netlink = netlink::subscribe().context("cannot subscribe to netlink events")?;
+        let Subscription { events: mut netlink, mut slow_path } =
+            netlink::subscribe().context("cannot subscribe to netlink events")?;
         let mut firewall =
             SlowPath::watch(&self.config).context("cannot subscribe to changes of nftables")?;
         let mut ageing = self.age()?;
@@ -326,6 +331,10 @@ impl Daemon {
                             pending.host = true;
                             break 'wait;
                         }
+                    }
+                    Some(()) = slow_path.recv() => {
+                        pending.chores.add(Chore::Devices);
+                        break 'wait;
                     }
                     Some(()) = firewall.recv() => {
                         pending.firewall = true;
@@ -414,7 +423,8 @@ impl Daemon {
                 pending.host = true;
                 pending.routes = true;
             }
-            netlink::Event::Routes => pending.routes = true,
+            netlink::Event::Route(prefix) if !self.underlay.concerns(*prefix) => return false,
+            netlink::Event::Route(_) | netlink::Event::PathMtu => pending.routes = true,
             netlink::Event::Neighbour(message) => {
                 if !self.underlay.neighbour_event(message, false) {
                     return false;
@@ -503,6 +513,7 @@ impl Daemon {
         }
         if host || verify {
             self.apply_host_tables();
+            changes.merge(self.planner.set_lans(&self.host.lans(&self.config)));
         }
         if neighbours {
             if let Err(error) = self.underlay.resync().await {
@@ -603,15 +614,17 @@ impl Daemon {
         self.problems.set(Part::Tables, pass.problems);
     }
 
-    /// The slot of a node. While its next hop is merely not known yet, the one by which it is reached now.
+    /// The slot of a node. While its next hop is merely not known yet, the one by which it is reached now, with what
+    /// is known of the way.
     fn slot(&self, key: &VtepKey, overlay: &Overlay, vtep: &VtepSpec, hop: &NextHop) -> VtepSlot {
         let slot = template::slot(key.overlay, overlay, vtep, hop);
-        let standing = match hop {
-            NextHop::Pending(_) => self.reconciler.standing(key, &slot),
-            NextHop::Ready(_) | NextHop::Unresolved(_) => None,
-        };
+        let NextHop::Pending { way, .. } = hop else { return slot };
         let usable = |slot: &&VtepSlot| self.host.links.get(&slot.ifindex).is_some_and(|link| link.up);
-        standing.filter(usable).copied().unwrap_or(slot)
+        match (self.reconciler.standing(key, &slot).filter(usable), way) {
+            (Some(standing), Some(way)) => template::along(standing, way),
+            (Some(standing), None) => *standing,
+            (None, _) => slot,
+        }
     }
 
     /// Computes next hops and slots, adds the nodes whose slot is another one, and tells whether any hop moved.
@@ -654,7 +667,8 @@ impl Daemon {
         let devices: BTreeSet<String> = self.config.overlays.iter().map(device_name).collect();
         let addresses = self.host.address_table(&self.config, &self.sessions.draining);
         let egress = self.host.egress_table(&self.config, |name| devices.contains(name));
-        let Pass { problems, .. } = self.reconciler.apply_host(&addresses, &egress);
+        let Pass { mut problems, .. } = self.reconciler.apply_host(&addresses, &egress);
+        problems.extend(constants::local_prefix_problem(&self.host));
         self.problems.set(Part::HostTables, problems);
         self.problems.set(Part::Translation, self.translation_problems());
     }

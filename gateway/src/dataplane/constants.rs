@@ -8,8 +8,8 @@ use std::{
 use bytemuck::Zeroable;
 use gateway_common::{
     abi::{
-        self, MAX_OVERLAYS, MAX_PORTS, MAX_SNAT_ADDRESSES, MAX_SNAT_RULES, MAX_VLANS, OverlayFlags, Port,
-        VlanPort,
+        self, MAX_LOCAL_PREFIXES, MAX_OVERLAYS, MAX_PORTS, MAX_SNAT_ADDRESSES, MAX_SNAT_RULES, MAX_VLANS,
+        OverlayFlags, Port, Prefix, VlanPort,
     },
     wire::{Be16, Ipv4},
 };
@@ -111,7 +111,10 @@ pub fn common(config: &Config, host: &Host, sessions: &Sessions) -> Result<abi::
         config.devices().iter().map(|name| host.by_name(name).map(port).unwrap_or_default()).collect();
     fill(&mut constants.ports, &ports).ok_or(TooMany::Ports(ports.len()))?;
 
-    let Translation { rules, addresses } = translation(config, &host.local_addresses());
+    let known: Vec<Prefix> = host.local_prefixes().into_iter().take(MAX_LOCAL_PREFIXES).map(prefix).collect();
+    constants.local_prefix_count = fill(&mut constants.local_prefixes, &known).unwrap_or_default();
+
+    let Translation { rules, addresses } = translation(config, |address| host.owner(*address).is_some());
     constants.snat_rule_count =
         fill(&mut constants.snat_rules, &rules).ok_or(TooMany::SnatRules(rules.len()))?;
     fill(&mut constants.snat_addresses, &addresses).ok_or(TooMany::SnatAddresses(addresses.len()))?;
@@ -128,6 +131,22 @@ fn count(number: usize) -> u32 {
 fn fill<T: Copy>(array: &mut [T], items: &[T]) -> Option<u32> {
     array.get_mut(..items.len())?.copy_from_slice(items);
     u32::try_from(items.len()).ok()
+}
+
+/// Local prefixes that the program has no room for, for people.
+pub fn local_prefix_problem(host: &Host) -> Option<String> {
+    let prefixes = host.local_prefixes();
+    let unknown = prefixes.get(MAX_LOCAL_PREFIXES..).filter(|unknown| !unknown.is_empty())?;
+    let unknown: Vec<String> = unknown.iter().map(ToString::to_string).collect();
+    Some(format!(
+        "this host has more local prefixes than the {MAX_LOCAL_PREFIXES} that the program knows (ip route show table \
+         local): in {} a podCIDR would go before this host; remove or join some of these routes",
+        unknown.join(", ")
+    ))
+}
+
+fn prefix(net: Ipv4Net) -> Prefix {
+    Prefix { network: net.network().into(), mask: net.netmask().into() }
 }
 
 fn port(link: &Link) -> Port {
@@ -178,14 +197,14 @@ struct Translation {
 
 /// Addresses that the kernel owns are left out. A rule that loses all of its addresses is left out with every later one
 /// that would take a part of its clients: they are refused rather than treated in another way than was configured.
-fn translation(config: &Config, kernels: &BTreeSet<Ipv4Addr>) -> Translation {
+fn translation(config: &Config, is_kernels: impl Fn(&Ipv4Addr) -> bool) -> Translation {
     let mut translation = Translation::default();
     let mut segments: BTreeMap<(usize, usize), (u16, u16)> = BTreeMap::new();
     for (pool, addresses) in config.snat.pools.iter().map(|pool| &pool.addresses).enumerate() {
         for (id, overlay) in config.overlays.iter().enumerate() {
             let first = translation.addresses.len();
             let own = addresses.iter().filter(|address| overlay.subnet.contains(*address));
-            let usable = own.filter(|address| !kernels.contains(address));
+            let usable = own.filter(|address| !is_kernels(address));
             translation.addresses.extend(usable.map(|address| Ipv4::from(*address)));
             let segment = (first, translation.addresses.len() - first);
             let [first, count] = [segment.0, segment.1].map(|n| u16::try_from(n).unwrap_or(u16::MAX));
@@ -284,10 +303,10 @@ annotation_prefix = "second.example/"
 
     #[test]
     fn automap_is_one_address_of_each_overlay() {
-        let found = translation(&config(""), &BTreeSet::new());
+        let found = translation(&config(""), |_| false);
         assert_eq!(compact(&found), ["0 0.0.0.0/0.0.0.0 10.244.30.254", "1 0.0.0.0/0.0.0.0 10.245.30.254"]);
         let off = config("[snat]\nmode = \"none\"\n");
-        assert_eq!(translation(&off, &BTreeSet::new()), Translation::default());
+        assert_eq!(translation(&off, |_| false), Translation::default());
         assert!(!off.snat.is_on());
     }
 
@@ -313,7 +332,7 @@ action = "route"
 
     #[test]
     fn a_pool_serves_the_overlays_that_it_has_addresses_of() {
-        let found = translation(&config(POOLS), &BTreeSet::new());
+        let found = translation(&config(POOLS), |_| false);
         assert_eq!(
             compact(&found),
             [
@@ -329,9 +348,9 @@ action = "route"
     #[test]
     fn the_kernels_addresses_are_left_out_and_nobody_falls_through() {
         let config = config(POOLS);
-        let some = translation(&config, &[address("10.244.30.16")].into());
+        let some = translation(&config, |found| *found == address("10.244.30.16"));
         assert_eq!(compact(&some)[0], "0 192.0.2.0/255.255.255.128 10.244.30.17");
-        let all = translation(&config, &["10.244.30.16", "10.244.30.17"].map(address).into());
+        let all = translation(&config, |found| ["10.244.30.16", "10.244.30.17"].map(address).contains(found));
         assert_eq!(
             compact(&all),
             [
@@ -354,9 +373,14 @@ action = "route"
             mtu,
             up: true,
             kind: crate::kernel::host::Kind::Other,
+            alias: None,
             xdp: crate::kernel::host::XdpState::default(),
         };
         host.links.insert(9, link(9, "eth1", 70_000));
+        for third in 0..=MAX_LOCAL_PREFIXES {
+            let net = Ipv4Net::new_assert(Ipv4Addr::new(198, 51, u8::try_from(third).unwrap(), 0), 25);
+            host.locals.insert((net, 1));
+        }
         let sessions =
             Sessions { slots: 5, draining: [address("10.244.30.99"), address("10.244.99.1")].into() };
         let found = constants(&config, &host, &host.links[&9], &sessions).unwrap();
@@ -375,5 +399,14 @@ action = "route"
         );
         assert_eq!(range(&found.overlays[1]), ["10.245.30.16", "10.245.30.16"]);
         assert_eq!(found.timeouts, abi::Timeouts::DEFAULT);
+
+        assert_eq!(found.local_prefix_count as usize, MAX_LOCAL_PREFIXES);
+        for (of, is_local) in [("198.51.0.127", true), ("198.51.0.128", false), ("198.51.8.1", false)] {
+            assert_eq!(found.is_in_local_prefix(address(of).into()), is_local, "{of}");
+        }
+        let problem = local_prefix_problem(&host).unwrap();
+        assert!(problem.contains("in 198.51.8.0/25 a podCIDR"), "{problem}");
+        host.locals.pop_first();
+        assert_eq!(local_prefix_problem(&host), None);
     }
 }

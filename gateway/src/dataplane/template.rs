@@ -16,7 +16,7 @@ use gateway_common::{
 
 use crate::{
     config::{DontFragment, Overlay},
-    kernel::underlay::{NextHop, ReadyHop},
+    kernel::underlay::{NextHop, Way},
     plan::{OverlayId, VtepSpec},
 };
 
@@ -41,7 +41,7 @@ pub fn slot(id: OverlayId, overlay: &Overlay, vtep: &VtepSpec, hop: &NextHop) ->
     let NextHop::Ready(hop) = hop else { return slot };
     let direct = vtep.direct && hop.on_link;
     let mut header = Header::new();
-    header.link(hop);
+    header.link(hop.source, hop.destination, hop.vlan);
     if direct {
         slot.flags = slot.flags.with(VtepFlags::DIRECT);
         slot.mac = Mac::ZERO;
@@ -52,15 +52,34 @@ pub fn slot(id: OverlayId, overlay: &Overlay, vtep: &VtepSpec, hop: &NextHop) ->
         header.push(&ip);
         header.tunnel(overlay, vtep);
     }
-    let overhead = if direct { 0 } else { VXLAN_OVERHEAD };
     slot.flags = slot.flags.with(VtepFlags::READY);
     slot.ifindex = hop.ifindex;
     slot.header_len = header.len;
-    slot.mtu =
-        u16::try_from(hop.mtu).unwrap_or(u16::MAX).saturating_sub(u16::try_from(overhead).unwrap_or(0));
+    slot.mtu = inner_mtu(hop.mtu, direct);
     slot.header = header.bytes;
     slot.next_hop = hop.destination;
     slot
+}
+
+/// A slot whose next hop is looked up anew, with what is known meanwhile: our MAC address and the MTU of the path. A slot
+/// that leads by another device or VLAN stays as it is.
+pub fn along(slot: &VtepSlot, way: &Way) -> VtepSlot {
+    const MACS: usize = 12;
+    let mut slot = *slot;
+    let mut header = Header::new();
+    header.link(way.source, slot.next_hop, way.vlan);
+    let len = usize::from(header.len);
+    if slot.ifindex == way.ifindex && slot.header[MACS..len] == header.bytes[MACS..len] {
+        slot.header[..MACS].copy_from_slice(&header.bytes[..MACS]);
+        slot.mtu = inner_mtu(way.mtu, slot.flags.has(VtepFlags::DIRECT));
+    }
+    slot
+}
+
+/// The largest inner packet, by the largest one that the path takes.
+fn inner_mtu(path: u32, direct: bool) -> u16 {
+    let overhead = if direct { 0 } else { VXLAN_OVERHEAD };
+    u16::try_from(path).unwrap_or(u16::MAX).saturating_sub(u16::try_from(overhead).unwrap_or(0))
 }
 
 fn outer_ip(overlay: &Overlay, vtep: &VtepSpec) -> [u8; IPV4_LEN] {
@@ -97,9 +116,9 @@ impl Header {
         self.len += u16::try_from(part.len()).expect("parts are shorter than the header's capacity");
     }
 
-    fn link(&mut self, hop: &ReadyHop) {
-        let mut ethernet = Ethernet { dst: hop.destination, src: hop.source, kind: EtherType::IPV4 };
-        match hop.vlan {
+    fn link(&mut self, source: Mac, destination: Mac, vlan: Option<u16>) {
+        let mut ethernet = Ethernet { dst: destination, src: source, kind: EtherType::IPV4 };
+        match vlan {
             None => self.push(bytes_of(&ethernet)),
             Some(vlan) => {
                 ethernet.kind = EtherType::VLAN;
@@ -147,7 +166,7 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
-    use crate::config::SourceCheck;
+    use crate::{config::SourceCheck, kernel::underlay::ReadyHop};
 
     fn hex(text: &str) -> Vec<u8> {
         (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
@@ -271,6 +290,38 @@ mod tests {
             (slot.header_len, slot.endpoint, slot.mac),
             (0, vtep(true).endpoint.into(), vtep(true).mac)
         );
+    }
+
+    fn way(vlan: Option<u16>) -> Way {
+        Way { ifindex: 7, vlan, source: "52:54:00:00:00:77".parse().unwrap(), mtu: 1400 }
+    }
+
+    #[rstest]
+    #[case(false, None, 1350)]
+    #[case(false, Some(7), 1350)]
+    #[case(true, None, 1400)]
+    #[case(true, Some(7), 1400)]
+    fn our_own_address_and_the_mtu_do_not_wait_for_the_next_hop(
+        #[case] direct: bool,
+        #[case] vlan: Option<u16>,
+        #[case] mtu: u16,
+    ) {
+        let standing = slot(0, &overlay(), &vtep(direct), &hop(vlan, true));
+        let mut expected = standing;
+        expected.header[6..12].copy_from_slice(&way(vlan).source.octets);
+        expected.mtu = mtu;
+        assert_eq!(along(&standing, &way(vlan)), expected);
+    }
+
+    #[test]
+    fn a_slot_stays_while_another_way_is_looked_up() {
+        for vlan in [None, Some(7)] {
+            let standing = slot(0, &overlay(), &vtep(false), &hop(vlan, true));
+            let elsewhere = [Way { ifindex: 8, ..way(vlan) }, way(Some(8)), way(vlan.xor(Some(7)))];
+            for way in elsewhere {
+                assert_eq!(along(&standing, &way), standing, "{way:?}");
+            }
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@
 //! network address to the node's VTEP MAC; a permanent FDB entry, that MAC to the tunnel endpoint; a route, the subnet
 //! via its network address, onlink. Nodes reached directly get a route via the endpoint instead.
 //!
-//! Everything is compared with what the kernel shows and changed by difference. Nothing but our own device, and our
-//! own routes (by protocol number and source address), is touched.
+//! Everything is compared with what the kernel shows and changed by difference. Nothing but our own device (by name and
+//! alias), and our own routes (by protocol number and source address), is touched.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,9 +28,9 @@ use rtnetlink::{
 
 use super::{
     PROTOCOL,
-    host::{Host, Kind, Vxlan},
+    host::{Host, Kind, Link, Vxlan},
     ipv4,
-    netlink::NetlinkError,
+    netlink::{self, NetlinkError},
     underlay::{NextHop, ReadyHop},
 };
 use crate::{
@@ -45,6 +45,11 @@ const MAX_NAME: usize = 15;
 /// Name of an overlay's kernel device.
 pub fn device_name(overlay: &Overlay) -> String {
     format!("gw-{}", overlay.name)
+}
+
+/// What is noted on the devices of an instance, so that nobody takes those of another for its own.
+fn alias(instance: &str) -> String {
+    format!("gateway instance {instance}")
 }
 
 /// The slow path of an overlay.
@@ -107,12 +112,32 @@ pub struct Device {
     handle: Handle,
     overlay: Overlay,
     name: String,
+    alias: String,
 }
 
 impl Device {
     /// Changes nothing yet.
-    pub fn new(handle: Handle, overlay: &Overlay) -> Self {
-        Self { handle, overlay: overlay.clone(), name: device_name(overlay) }
+    pub fn new(handle: Handle, instance: &str, overlay: &Overlay) -> Self {
+        Self { handle, overlay: overlay.clone(), name: device_name(overlay), alias: alias(instance) }
+    }
+
+    /// What the device must be from its beginning.
+    fn settings(&self) -> Vxlan {
+        Vxlan {
+            vni: self.overlay.vni.get(),
+            port: self.overlay.port,
+            local: Some(self.overlay.local),
+            learning: false,
+            metadata: false,
+        }
+    }
+
+    /// Whether a device of our name is ours: it says so, or it says nothing and is what we would make.
+    fn is_ours(&self, link: &Link) -> bool {
+        match &link.alias {
+            Some(alias) => *alias == self.alias,
+            None => link.kind == Kind::Vxlan(self.settings()),
+        }
     }
 
     /// Makes the device and its entries what they should be. Returns what could not be done, for people; the rest is
@@ -178,21 +203,24 @@ impl Device {
             ));
         }
         let overlay = &self.overlay;
-        let wanted = Vxlan {
-            vni: overlay.vni.get(),
-            port: overlay.port,
-            local: Some(overlay.local),
-            learning: false,
-            metadata: false,
-        };
+        let wanted = self.settings();
         let mtu = underlay_mtu.saturating_sub(VXLAN_OVERHEAD);
         let mut present = host.by_name(&self.name).cloned();
-        match present.as_ref().map(|link| &link.kind) {
+        match &present {
             None => {}
-            Some(Kind::Vxlan(found)) if *found == wanted => {}
-            Some(Kind::Vxlan(_)) => {
+            Some(link) if !self.is_ours(link) => {
+                let whose = link.alias.as_ref().map_or(String::new(), |alias| format!(" ({alias})"));
+                return Err(format!(
+                    "a device named {} exists and is not of this gateway{whose}, so there is no slow path (the fast path \
+                     goes on): remove it with `ip link delete {}`, or give the overlay another name",
+                    self.name, self.name
+                ));
+            }
+            Some(link) if link.kind == Kind::Vxlan(wanted.clone()) => {}
+            Some(link) => {
                 // VNI, port, address and learning of a device cannot change.
-                let index = present.take().map_or(0, |link| link.index);
+                let index = link.index;
+                present = None;
                 let action = "delete the device, whose settings are outdated";
                 self.handle
                     .link()
@@ -201,12 +229,6 @@ impl Device {
                     .await
                     .map_err(NetlinkError::new(action))
                     .map_err(text)?;
-            }
-            Some(_) => {
-                return Err(format!(
-                    "a device named {} exists and is no VXLAN device, so there is no slow path: rename it, or the overlay",
-                    self.name
-                ));
             }
         }
         if let Some(rival) =
@@ -219,10 +241,11 @@ impl Device {
             ));
         }
         let index = if let Some(link) = present {
-            if link.mtu != mtu || link.mac != Some(overlay.mac) || !link.up {
+            if link.mtu != mtu || link.mac != Some(overlay.mac) || !link.up || link.alias.is_none() {
                 let change = LinkUnspec::new_with_index(link.index)
                     .mtu(mtu)
                     .address(overlay.mac.octets.to_vec())
+                    .alias(&self.alias)
                     .up()
                     .build();
                 let changed = self.handle.link().change(change).execute().await;
@@ -259,11 +282,16 @@ impl Device {
             _ => text(error),
         })?;
         let found = self.handle.link().get().match_name(self.name.clone()).execute().try_next().await;
-        found
+        let index = found
             .map_err(NetlinkError::new("find the new device"))
             .map_err(text)?
             .map(|message| message.header.index)
-            .ok_or_else(|| format!("kernel device {} vanished", self.name))
+            .ok_or_else(|| format!("kernel device {} vanished", self.name))?;
+        // The kernel takes no alias with the device.
+        let named = LinkUnspec::new_with_index(index).alias(&self.alias).build();
+        let named = self.handle.link().change(named).execute().await;
+        named.map_err(NetlinkError::new("set the alias")).map_err(text)?;
+        Ok(index)
     }
 
     async fn ensure_address(&self, index: u32, host: &Host) -> Result<(), NetlinkError> {
@@ -316,14 +344,8 @@ impl Device {
                 state.forwarding.insert(mac, endpoint);
             }
         }
-        let routes: Vec<_> = self
-            .handle
-            .route()
-            .get(RouteMessageBuilder::<Ipv4Addr>::new().build())
-            .execute()
-            .try_collect()
-            .await
-            .map_err(NetlinkError::new("list routes"))?;
+        let ours = |header: &mut RouteHeader| header.protocol = PROTOCOL;
+        let routes = netlink::routes(RouteHeader::RT_TABLE_MAIN, ours).await?;
         state.routes = routes
             .iter()
             .filter(|message| self.owns(message))
@@ -343,12 +365,13 @@ impl Device {
     }
 
     async fn set_neighbour(&self, index: u32, address: Ipv4Addr, mac: Mac) -> Result<(), NetlinkError> {
-        let request = self
+        let mut request = self
             .handle
             .neighbours()
             .add(index, IpAddr::V4(address))
             .link_layer_address(&mac.octets)
             .replace();
+        request.message_mut().attributes.push(NeighbourAttribute::Protocol(PROTOCOL));
         request.execute().await.map_err(NetlinkError::new(format!("set the neighbour {address}")))
     }
 
@@ -413,14 +436,11 @@ impl Device {
     /// What the kernel refused.
     pub async fn remove(&self) -> Result<bool, NetlinkError> {
         let host = Host::read(&self.handle).await?;
-        let Some(link) = host.by_name(&self.name) else {
+        let Some(link) = host.by_name(&self.name).filter(|link| self.is_ours(link)) else {
             return Ok(self.remove_routes(0).await? > 0);
         };
         self.remove_routes(link.index).await?;
-        if matches!(link.kind, Kind::Vxlan(_)) {
-            let action = format!("delete device {}", self.name);
-            self.handle.link().del(link.index).execute().await.map_err(NetlinkError::new(action))?;
-        }
+        delete(&self.handle, link).await?;
         Ok(true)
     }
 
@@ -433,19 +453,23 @@ impl Device {
     }
 }
 
-/// Removes a device by its name alone, if it is there; routes through it go with it.
+/// Removes a device that an instance noted as its own, if it is there; routes through it go with it.
 ///
 /// # Errors
 ///
 /// What the kernel refused.
-pub async fn remove(handle: &Handle, name: &str) -> Result<bool, NetlinkError> {
+pub async fn remove(handle: &Handle, instance: &str, name: &str) -> Result<bool, NetlinkError> {
     let host = Host::read(handle).await?;
-    let Some(link) = host.by_name(name).filter(|link| matches!(link.kind, Kind::Vxlan(_))) else {
+    let Some(link) = host.by_name(name).filter(|link| link.alias == Some(alias(instance))) else {
         return Ok(false);
     };
-    let action = format!("delete device {name}");
-    handle.link().del(link.index).execute().await.map_err(NetlinkError::new(action))?;
+    delete(handle, link).await?;
     Ok(true)
+}
+
+async fn delete(handle: &Handle, link: &Link) -> Result<(), NetlinkError> {
+    let action = format!("delete device {}", link.name);
+    handle.link().del(link.index).execute().await.map_err(NetlinkError::new(action))
 }
 
 /// Two devices cannot share a VNI on a port, and a metadata device takes all of them.

@@ -23,8 +23,11 @@ use rtnetlink::{
     },
 };
 
-use super::netlink::NetlinkError;
-use crate::config::{Config, Snat};
+use super::{local, netlink::NetlinkError};
+use crate::{
+    config::{Config, Snat},
+    plan::Lan,
+};
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +44,8 @@ pub struct Link {
     pub up: bool,
     /// What it is.
     pub kind: Kind,
+    /// What somebody noted on it (`ip link set ... alias`).
+    pub alias: Option<String>,
     /// XDP program on it.
     pub xdp: XdpState,
 }
@@ -122,6 +127,10 @@ pub struct Host {
     pub primary: BTreeMap<u32, Ipv4Addr>,
     /// Broadcast addresses of their subnets, and the device: the kernel takes what is sent there.
     pub broadcasts: BTreeSet<(Ipv4Addr, u32)>,
+    /// Networks that are on the link of a device, by its addresses.
+    pub networks: BTreeSet<(Ipv4Net, u32)>,
+    /// What the kernel takes for itself by routes of type local, and the device.
+    pub locals: BTreeSet<(Ipv4Net, u32)>,
 }
 
 impl Host {
@@ -149,6 +158,8 @@ impl Host {
             addresses: addresses.iter().filter_map(address).collect(),
             primary,
             broadcasts: addresses.iter().flat_map(broadcasts).collect(),
+            networks: addresses.iter().filter_map(network).collect(),
+            locals: local::read().await?,
         })
     }
 
@@ -175,6 +186,16 @@ impl Host {
             .fold(Roles::NONE, |roles, interface| roles.with(interface.roles))
     }
 
+    /// Networks on the links of interfaces with a role.
+    pub fn lans(&self, config: &Config) -> BTreeSet<Lan> {
+        let lan = |(network, index): &(Ipv4Net, u32)| {
+            let link = self.links.get(index)?;
+            let lan = || Lan { network: *network, interface: link.name.as_str().into() };
+            (self.roles(config, link) != Roles::NONE).then(lan)
+        };
+        self.networks.iter().filter_map(lan).collect()
+    }
+
     /// The address from which clients behind `port` get ICMP errors: the primary one of the device itself, or where
     /// only its VLANs have clients, of the first VLAN device that has one. `None` where there are no clients.
     pub fn client_address(&self, config: &Config, port: &Link) -> Option<Ipv4Addr> {
@@ -190,20 +211,36 @@ impl Host {
             .copied()
     }
 
-    /// What the kernel takes for itself: addresses and broadcast addresses of devices.
-    pub fn local_addresses(&self) -> BTreeSet<Ipv4Addr> {
-        self.broadcasts.iter().chain(&self.addresses).map(|(address, _)| *address).collect()
+    /// Single addresses that the kernel takes for itself, and the device: addresses and broadcast addresses of devices,
+    /// and local routes to one address.
+    fn owned(&self) -> impl Iterator<Item = (Ipv4Addr, u32)> {
+        let routed = self.locals.iter().filter(|(net, _)| net.prefix_len() == 32);
+        let routed = routed.map(|(net, index)| (net.addr(), *index));
+        routed.chain(self.broadcasts.iter().chain(&self.addresses).copied())
+    }
+
+    /// Whole prefixes that the kernel takes for itself, joined where that is possible, the widest first.
+    pub fn local_prefixes(&self) -> Vec<Ipv4Net> {
+        let wide = self.locals.iter().map(|(net, _)| *net).filter(|net| net.prefix_len() < 32);
+        let mut joined = Ipv4Net::aggregate(&wide.collect());
+        joined.sort_by_key(|net| (net.prefix_len(), net.addr()));
+        joined
+    }
+
+    /// The device by which the kernel takes an address for itself, if it does.
+    pub fn owner(&self, address: Ipv4Addr) -> Option<u32> {
+        let single = self.owned().find(|(owned, _)| *owned == address);
+        let prefix = || self.locals.iter().find(|(net, _)| net.contains(&address)).map(|(_, index)| *index);
+        single.map(|(_, index)| index).or_else(prefix)
     }
 
     /// SNAT addresses that the kernel takes for its own, and what to do about it, for people.
     pub fn misused(&self, snat: &Snat) -> impl Iterator<Item = (Ipv4Addr, String)> {
-        let all = self.addresses.iter().chain(&self.broadcasts).copied();
-        let owners: BTreeMap<Ipv4Addr, u32> = all.collect();
         snat.addresses().collect::<Vec<_>>().into_iter().filter_map(move |address| {
-            let device = self.links.get(owners.get(&address)?).map_or("a device", |link| link.name.as_str());
+            let device = self.links.get(&self.owner(address)?).map_or("a device", |link| link.name.as_str());
             let text = format!(
                 "SNAT address {address} is an address of this host (on {device}), so the kernel would answer for it: it is \
-                 not used; take it off the device or out of [snat]"
+                 not used; take it off the device (or the local route to it away), or out of [snat]"
             );
             Some((address, text))
         })
@@ -217,8 +254,8 @@ impl Host {
         draining: &BTreeSet<Ipv4Addr>,
     ) -> BTreeMap<Ipv4, LocalAddress> {
         let mut table: BTreeMap<Ipv4, LocalAddress> = BTreeMap::new();
-        for (address, ifindex) in self.broadcasts.iter().chain(&self.addresses) {
-            table.insert((*address).into(), LocalAddress { kind: LocalAddress::KERNEL, ifindex: *ifindex });
+        for (address, ifindex) in self.owned() {
+            table.insert(address.into(), LocalAddress { kind: LocalAddress::KERNEL, ifindex });
         }
         for overlay in &config.overlays {
             table.entry(overlay.address.into()).or_default().kind |= LocalAddress::OVERLAY;
@@ -258,6 +295,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
         kind: Kind::Other,
+        alias: None,
         xdp: XdpState::default(),
     };
     let mut parent = 0;
@@ -266,6 +304,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(octets) => link.mac = octets.as_slice().try_into().ok().map(Mac::new),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
             LinkAttribute::Link(index) => parent = *index,
             LinkAttribute::LinkInfo(infos) => link.kind = kind(infos),
             LinkAttribute::Xdp(attributes) => link.xdp = xdp(attributes),
@@ -354,22 +393,29 @@ fn address(message: &AddressMessage) -> Option<(Ipv4Addr, u32)> {
     Some((find(true).or_else(|| find(false))?, message.header.index))
 }
 
+/// The network that is on the link, by an address. On point-to-point links the prefix is the peer's, and `Address` holds
+/// it.
+fn network(message: &AddressMessage) -> Option<(Ipv4Net, u32)> {
+    let length = message.header.prefix_len;
+    message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(IpAddr::V4(address)) if length < 32 => {
+            Some((Ipv4Net::new(*address, length).ok()?.trunc(), message.header.index))
+        }
+        _ => None,
+    })
+}
+
 /// Broadcast addresses that the kernel makes of an address: the one that was set, and that of its prefix
 /// (`fib_add_ifaddr`).
 fn broadcasts(message: &AddressMessage) -> BTreeSet<(Ipv4Addr, u32)> {
     let index = message.header.index;
-    let length = message.header.prefix_len;
     let set = message.attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Broadcast(address) => Some(*address),
         _ => None,
     });
-    // On point-to-point links the prefix is the peer's, and `Address` holds it.
-    let network = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Address(IpAddr::V4(address)) if length < 31 => Ipv4Net::new(*address, length).ok(),
-        _ => None,
-    });
+    let network = network(message).filter(|(network, _)| network.prefix_len() < 31);
     set.into_iter()
-        .chain(network.map(|network| network.broadcast()))
+        .chain(network.map(|(network, _)| network.broadcast()))
         .map(|address| (address, index))
         .collect()
 }
@@ -397,6 +443,26 @@ mod tests {
         assert_eq!(plain, [(of_prefix, 3)].into());
         let both = broadcasts(&message(24, vec![address.clone(), AddressAttribute::Broadcast(odd)]));
         assert_eq!(both, [(odd, 3), (of_prefix, 3)].into());
-        assert_eq!(broadcasts(&message(32, vec![address])), BTreeSet::new());
+        assert_eq!(broadcasts(&message(32, vec![address.clone()])), BTreeSet::new());
+        assert_eq!(network(&message(24, vec![address.clone()])), Some(("172.16.2.0/24".parse().unwrap(), 3)));
+        assert_eq!(network(&message(32, vec![address])), None);
+    }
+
+    #[test]
+    fn local_routes_are_the_kernels() {
+        let net = |text: &str| (text.parse::<Ipv4Net>().unwrap(), 1);
+        let nets = ["198.51.100.0/25", "198.51.100.128/25", "203.0.113.7/32", "192.0.2.0/26"].map(net);
+        let host = Host { locals: nets.into(), ..Host::default() };
+        let address = |text: &str| text.parse::<Ipv4Addr>().unwrap();
+        assert_eq!(host.local_prefixes(), [net("198.51.100.0/24").0, net("192.0.2.0/26").0]);
+        for (text, owner) in [
+            ("198.51.100.200", Some(1)),
+            ("203.0.113.7", Some(1)),
+            ("203.0.113.8", None),
+            ("192.0.2.64", None),
+        ] {
+            assert_eq!(host.owner(address(text)), owner, "{text}");
+        }
+        assert_eq!(host.owned().collect::<Vec<_>>(), [(address("203.0.113.7"), 1)]);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`netlink`]: connections, and the stream of events with resynchronisation.
 //! - [`host`]: links and addresses as they are.
+//! - `local`: what else the kernel takes for itself.
 //! - [`underlay`]: next hops towards tunnel endpoints, resolved ahead of traffic and followed.
 //! - `path_mtu`: what the kernel learns of smaller paths.
 //! - [`device`]: the kernel's tunnel device, the slow path.
@@ -11,6 +12,7 @@
 pub mod device;
 pub mod firewall;
 pub mod host;
+mod local;
 pub mod netlink;
 mod path_mtu;
 pub mod sysctl;

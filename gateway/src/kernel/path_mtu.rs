@@ -1,6 +1,6 @@
 //! Path MTUs that the kernel learnt from ICMP (RFC 1191): exceptions of its routes, of which no netlink event tells.
 
-use std::{collections::BTreeSet, io, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
 use futures::TryStreamExt as _;
 use rtnetlink::{
@@ -9,13 +9,12 @@ use rtnetlink::{
         AddressFamily,
         route::{RouteAttribute, RouteFlags, RouteMessage, RouteMetric},
     },
-    sys::AsyncSocket as _,
 };
 use tokio::{sync::mpsc::Sender, time::sleep};
 
 use super::{
     ipv4,
-    netlink::{Event, NetlinkError},
+    netlink::{Event, NetlinkError, connect_filtering},
 };
 
 /// How often the exceptions are read. Until then packets are sent that the path does not take, as a host does that
@@ -25,14 +24,14 @@ const INTERVAL: Duration = Duration::from_secs(2);
 /// Destination and MTU in bytes of every exception.
 type Exceptions = BTreeSet<(Ipv4Addr, u32)>;
 
-/// Sends [`Event::Routes`] when an exception came, went or changed, for as long as somebody listens.
+/// Sends [`Event::PathMtu`] when an exception came, went or changed, for as long as somebody listens.
 pub(super) async fn watch(events: Sender<Event>) {
     let mut connection: Option<Handle> = None;
     let mut known = Exceptions::new();
     while !events.is_closed() {
         let handle = match connection.take() {
             Some(handle) => handle,
-            None => match connect() {
+            None => match connect_filtering() {
                 Ok(handle) => handle,
                 Err(error) => {
                     tracing::warn!(%error, "cannot open a netlink connection");
@@ -44,7 +43,7 @@ pub(super) async fn watch(events: Sender<Event>) {
         match read(&handle).await {
             Ok(now) => {
                 connection = Some(handle);
-                if now != known && events.send(Event::Routes).await.is_err() {
+                if now != known && events.send(Event::PathMtu).await.is_err() {
                     return;
                 }
                 known = now;
@@ -55,16 +54,7 @@ pub(super) async fn watch(events: Sender<Event>) {
     }
 }
 
-/// Only a socket with strict checks gets the exceptions without all the routes (Linux 4.20).
-fn connect() -> io::Result<Handle> {
-    let (mut connection, handle, _) = rtnetlink::new_connection()?;
-    connection.socket_mut().socket_mut().set_netlink_get_strict_chk(true)?;
-    tokio::spawn(connection);
-    Ok(handle)
-}
-
 async fn read(handle: &Handle) -> Result<Exceptions, NetlinkError> {
-    // Strict checks want everything else to be zero.
     let mut request = RouteMessage::default();
     request.header.address_family = AddressFamily::Inet;
     request.header.flags = RouteFlags::Cloned;

@@ -11,6 +11,7 @@ use std::{
 
 use futures::TryStreamExt as _;
 use gateway_common::{abi::Roles, wire::Mac};
+use ipnet::Ipv4Net;
 use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
@@ -36,8 +37,13 @@ use crate::config::Config;
 pub enum NextHop {
     /// Everything is known.
     Ready(ReadyHop),
-    /// The kernel has not told yet: what is waited for, for people. Says nothing against what was known before.
-    Pending(String),
+    /// The kernel has not told yet. Says nothing against what was known before.
+    Pending {
+        /// What is waited for, for people.
+        reason: String,
+        /// What is known of the way already.
+        way: Option<Way>,
+    },
     /// The endpoint cannot be reached: why, for people.
     Unresolved(String),
 }
@@ -47,9 +53,22 @@ impl NextHop {
     pub fn obstacle(&self) -> Option<&str> {
         match self {
             Self::Ready(_) => None,
-            Self::Pending(reason) | Self::Unresolved(reason) => Some(reason),
+            Self::Pending { reason, .. } | Self::Unresolved(reason) => Some(reason),
         }
     }
+}
+
+/// How frames leave towards an endpoint, whoever takes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// Device to send by; for VLAN devices the one below.
+    pub ifindex: u32,
+    /// VLAN id to tag with.
+    pub vlan: Option<u16>,
+    /// Our MAC address there.
+    pub source: Mac,
+    /// Largest IP packet of the path, bytes.
+    pub mtu: u32,
 }
 
 /// A resolved next hop.
@@ -141,6 +160,12 @@ impl Underlay {
         self.resolve().await;
     }
 
+    /// Whether the way to an endpoint may change with a route to this prefix. A router's other routes come and go by the
+    /// thousand.
+    pub fn concerns(&self, prefix: Ipv4Net) -> bool {
+        self.routes.keys().any(|path| prefix.contains(&path.endpoint))
+    }
+
     /// Follows these tunnels and forgets others.
     pub async fn track(&mut self, paths: &BTreeSet<Path>) {
         self.routes.retain(|path, _| paths.contains(path));
@@ -211,9 +236,11 @@ impl Underlay {
     fn ready(&self, path: Path, host: &Host, config: &Config) -> Result<NextHop, String> {
         let (ifindex, gateway, metric) = match self.routes.get(&path) {
             Some(Route::Unicast { ifindex, gateway, mtu }) => (*ifindex, *gateway, *mtu),
-            Some(Route::Unknown(reason)) => return Ok(NextHop::Pending(reason.clone())),
+            Some(Route::Unknown(reason)) => {
+                return Ok(NextHop::Pending { reason: reason.clone(), way: None });
+            }
             Some(Route::Unusable(reason)) => return Err(reason.clone()),
-            None => return Ok(NextHop::Pending("not looked up yet".to_owned())),
+            None => return Ok(NextHop::Pending { reason: "not looked up yet".to_owned(), way: None }),
         };
         let link = host
             .links
@@ -231,6 +258,7 @@ impl Underlay {
             ));
         }
         let source = link.mac.ok_or_else(|| format!("interface {} has no Ethernet address", link.name))?;
+        let mtu = metric.map_or(link.mtu, |metric| metric.min(link.mtu));
         let next = gateway.unwrap_or(path.endpoint);
         let what = if gateway.is_some() { "gateway" } else { "node" };
         let destination = match self.neighbours.get(&(ifindex, next)) {
@@ -240,7 +268,8 @@ impl Underlay {
             }
             _ => {
                 let reason = format!("waiting for {what} {next} to answer ARP on {}", link.name);
-                return Ok(NextHop::Pending(reason));
+                let way = Way { ifindex: port.index, vlan, source, mtu };
+                return Ok(NextHop::Pending { reason, way: Some(way) });
             }
         };
         Ok(NextHop::Ready(ReadyHop {
@@ -248,7 +277,7 @@ impl Underlay {
             vlan,
             source,
             destination,
-            mtu: metric.map_or(link.mtu, |metric| metric.min(link.mtu)),
+            mtu,
             on_link: gateway.is_none(),
         }))
     }

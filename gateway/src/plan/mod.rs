@@ -32,6 +32,22 @@ pub struct VtepKey {
     pub node: Arc<str>,
 }
 
+/// A network on the link of one of this host's interfaces.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Lan {
+    /// The network.
+    pub network: Ipv4Net,
+    /// Name of the interface.
+    pub interface: Arc<str>,
+}
+
+impl Lan {
+    /// Whether any address is in both.
+    fn overlaps(&self, net: Ipv4Net) -> bool {
+        self.network.contains(&net) || net.contains(&self.network)
+    }
+}
+
 /// How a node is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VtepSpec {

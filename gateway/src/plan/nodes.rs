@@ -2,7 +2,8 @@
 //!
 //! Nodes that claim the same MAC address, the same endpoint or overlapping pod CIDRs cannot all be VTEPs. Nodes are
 //! ranked by age, then by name, and taken in that order unless they clash with one that is taken already. So the
-//! result does not depend on the order of events, and a node that lost takes over when the winner goes.
+//! result does not depend on the order of events, and a node that lost takes over when the winner goes. A node whose
+//! podCIDR overlaps a LAN of this host is never taken: the gateway would answer ARP for the hosts there.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -14,7 +15,7 @@ use gateway_common::wire::Mac;
 use ipnet::Ipv4Net;
 use k8s_openapi::jiff::Timestamp;
 
-use super::{VtepSpec, nets::NetIndex, planner::source};
+use super::{Lan, VtepSpec, nets::NetIndex, planner::source};
 use crate::{
     cluster::{
         flannel::{BACKEND_DATA, NodeFacts, NodeReading, NodeSkip, POD_CIDR, PUBLIC_IP},
@@ -72,6 +73,8 @@ pub(super) struct Nodes {
     endpoints: HashMap<Ipv4Addr, BTreeSet<Rank>>,
     cidrs: NetIndex<Rank>,
     sources: HashMap<Ipv4Addr, BTreeSet<(SourceClaim, Rank)>>,
+    /// Where no pods can be.
+    lans: BTreeSet<Lan>,
     /// What is wrong, once somebody asked; forgotten when a node changes.
     problems: OnceLock<Vec<Problem>>,
     revision: u64,
@@ -86,6 +89,7 @@ impl Nodes {
             endpoints: HashMap::new(),
             cidrs: NetIndex::default(),
             sources: HashMap::new(),
+            lans: BTreeSet::new(),
             problems: OnceLock::new(),
             revision: 0,
         }
@@ -123,20 +127,50 @@ impl Nodes {
             }
             self.records.insert(name.clone(), Record { reading, vtep: false });
         }
+        self.decide(queue, &mut touched);
+        touched
+    }
+
+    /// Replaces the networks on this host's links. One that holds the whole network of the overlay is no hindrance: its
+    /// stations ask for pods by ARP.
+    pub(super) fn set_lans(&mut self, lans: &BTreeSet<Lan>) -> Touched {
+        let network = self.overlay.network;
+        let holds = |lan: &&Lan| !network.is_some_and(|network| lan.network.contains(&network));
+        let lans: BTreeSet<Lan> = lans.iter().filter(holds).cloned().collect();
+        let mut touched = Touched::default();
+        if self.lans == lans {
+            return touched;
+        }
+        self.revision += 1;
+        self.problems.take();
+        let changed = self.lans.symmetric_difference(&lans);
+        let queue = changed.flat_map(|lan| self.cidrs.overlapping(lan.network)).cloned().collect();
+        self.lans = lans;
+        self.decide(queue, &mut touched);
+        touched
+    }
+
+    /// The LAN of this host that shares an address with a network.
+    pub(super) fn lan(&self, net: Ipv4Net) -> Option<&Lan> {
+        self.lans.iter().find(|lan| lan.overlaps(net))
+    }
+
+    /// Decides anew which of these nodes are VTEPs, and which others by that.
+    fn decide(&mut self, mut queue: BTreeSet<Rank>, touched: &mut Touched) {
         // In order of rank: a decision depends on better ranks only, so what is popped is final.
         while let Some(rank) = queue.pop_first() {
             let Some(facts) = self.facts(&rank.name) else { continue };
-            let vtep = !self.rivals(facts).any(|rival| *rival < rank && self.is_vtep(&rival.name));
+            let vtep = self.lan(facts.cidr).is_none()
+                && !self.rivals(facts).any(|rival| *rival < rank && self.is_vtep(&rival.name));
             if vtep == self.is_vtep(&rank.name) {
                 continue;
             }
-            self.touch(&rank.name, facts, &mut touched);
+            self.touch(&rank.name, facts, touched);
             queue.extend(self.rivals(facts).filter(|rival| **rival > rank).cloned());
             if let Some(record) = self.records.get_mut(&rank.name) {
                 record.vtep = vtep;
             }
         }
-        touched
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &Arc<str>> {
@@ -165,7 +199,7 @@ impl Nodes {
         claims.iter().find(|(_, rank)| self.is_vtep(&rank.name)).map(|(_, rank)| rank.name.clone())
     }
 
-    /// Pod CIDR of a VTEP.
+    /// Pod CIDR of a node of this overlay.
     pub(super) fn cidr(&self, name: &str) -> Option<Ipv4Net> {
         self.facts(name).map(|facts| facts.cidr)
     }
@@ -210,9 +244,27 @@ impl Nodes {
         problems
     }
 
-    /// Why a node is no VTEP: the better-ranked VTEPs that it clashes with.
+    /// Why a node is no VTEP: a LAN of this host, or the better-ranked VTEPs that it clashes with.
     fn lost(&self, name: &Arc<str>, facts: &NodeFacts) -> Vec<Problem> {
         let own = rank(name, facts);
+        if let Some(lan) = self.lan(facts.cidr) {
+            let problem = Problem::error(
+                self.place(name, POD_CIDR),
+                format!(
+                    "{} overlaps {}, the network of this host's interface {}, whose hosts are no pods",
+                    facts.cidr, lan.network, lan.interface
+                ),
+                match self.overlay.network {
+                    Some(_) => "give the node another podCIDR, or the interface another network".to_owned(),
+                    None => format!(
+                        "give the node another podCIDR; if stations on {} ask for pods by ARP, set the overlay's \
+                         network (flannel's Network)",
+                        lan.interface
+                    ),
+                },
+            );
+            return vec![problem.located(&facts.origin)];
+        }
         let winners: BTreeSet<&Rank> =
             self.rivals(facts).filter(|rival| **rival < own && self.is_vtep(&rival.name)).collect();
         let mut problems = Vec::new();

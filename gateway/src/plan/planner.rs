@@ -6,16 +6,18 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::Ipv4Net;
+
 use super::{
-    Changes, Desired, OverlayId, VtepKey,
+    Changes, Desired, Lan, OverlayId, VtepKey,
     nodes::{Membership, Nodes, Touched},
-    pods::Pods,
+    pods::{Claimant, Pods},
 };
 use crate::{
     cluster::{
         flannel::{NodeSkip, PodFacts, PodReading, PodSkip, read_node},
         model::{Event, Object, ObjectRef, PodRef},
-        problem::{Origin, Problem},
+        problem::{Origin, Problem, Severity},
     },
     config::Overlay,
 };
@@ -28,6 +30,8 @@ pub struct Planner {
     pods: Pods,
     /// Pods whose address is not one that their node's flannel gives out.
     misplaced: BTreeSet<PodRef>,
+    /// Networks on this host's links.
+    lans: BTreeSet<Lan>,
     desired: Desired,
     /// What the listing under way has named so far.
     listed: Option<HashSet<ObjectRef>>,
@@ -45,6 +49,7 @@ impl Planner {
             overlays,
             pods: Pods::default(),
             misplaced: BTreeSet::new(),
+            lans: BTreeSet::new(),
             desired: Desired::default(),
             listed: None,
             synced: false,
@@ -79,6 +84,32 @@ impl Planner {
         }
     }
 
+    /// Takes the networks on the links of this host's interfaces; returns the keys whose goal is another one now. Costs
+    /// work in proportion to the pods if they changed.
+    pub fn set_lans(&mut self, lans: &BTreeSet<Lan>) -> Changes {
+        if self.lans == *lans {
+            return Changes::default();
+        }
+        let changed: Vec<Lan> = self.lans.symmetric_difference(lans).cloned().collect();
+        self.lans.clone_from(lans);
+        let mut changes = Changes::default();
+        for index in 0..self.nodes.len() {
+            let touched = self.nodes[index].set_lans(lans);
+            changes.merge(self.update_nodes(index, touched));
+        }
+        let addresses: Vec<Ipv4Addr> = self.pods.addresses().collect();
+        for address in
+            addresses.into_iter().filter(|address| changed.iter().any(|lan| lan.network.contains(address)))
+        {
+            let pods: Vec<PodRef> = self.pods.claimants(address).map(|claim| claim.pod.clone()).collect();
+            for pod in &pods {
+                self.update_misplaced(pod);
+            }
+            self.update_address(address, &mut changes);
+        }
+        changes
+    }
+
     /// The goal.
     pub fn desired(&self) -> &Desired {
         &self.desired
@@ -105,14 +136,21 @@ impl Planner {
         let mut problems: Vec<Problem> = self.nodes.iter().flat_map(Nodes::problems).cloned().collect();
         problems.extend(self.pods.rejected().cloned());
         for address in self.pods.contested() {
-            let mut claimants = self.pods.claimants(address);
-            let Some((owner, _)) = claimants.next() else { continue };
-            let owner_origin = source(self.pods.origin(owner));
-            problems.extend(claimants.map(|(loser, _)| {
+            let owner = (0..self.nodes.len()).find_map(|index| self.owner(index, address));
+            let Some(owner) = owner.or_else(|| self.pods.claimants(address).next()) else { continue };
+            let owner_origin = source(self.pods.origin(owner.pod));
+            // Those that cannot have it at all are told below.
+            let losers = self.pods.claimants(address).filter(|claim| {
+                let refused = |problem: &Problem| problem.severity == Severity::Error;
+                claim.pod != owner.pod && !self.misplacements(claim.pod).iter().any(refused)
+            });
+            problems.extend(losers.map(|Claimant { pod: loser, .. }| {
                 Problem::error(
                     format!("{loser}, status.podIP"),
                     format!(
-                        "{address} is also that of {owner}{owner_origin}, which has precedence (not terminating, newer)"
+                        "{address} is also that of {}{owner_origin}, which has precedence (not terminating, in its node's \
+                         podCIDR, newer)",
+                        owner.pod
                     ),
                     "delete the stale Pod if it does not go away by itself",
                 )
@@ -226,30 +264,53 @@ impl Planner {
             self.update_misplaced(pod);
         }
         for address in touched {
-            for index in 0..self.nodes.len() {
-                let goal = self.pod_goal(index, address);
-                set(&mut self.desired.pods, (overlay_id(index), address), goal, &mut changes.pods);
-            }
+            self.update_address(address, &mut changes);
         }
         changes
     }
 
-    /// The best claim of a pod whose node belongs to the overlay counts; if that node lost against another one, the
-    /// address is nowhere.
-    fn pod_goal(&self, index: usize, address: Ipv4Addr) -> Option<VtepKey> {
-        let overlay = &self.overlays[index];
-        if overlay.subnet.contains(&address)
-            || overlay.network.is_some_and(|network| !network.contains(&address))
-        {
-            return None;
+    fn update_address(&mut self, address: Ipv4Addr, changes: &mut Changes) {
+        for index in 0..self.nodes.len() {
+            let goal = self.pod_goal(index, address);
+            set(&mut self.desired.pods, (overlay_id(index), address), goal, &mut changes.pods);
         }
-        let nodes = &self.nodes[index];
-        let (node, membership) = self
-            .pods
-            .claimants(address)
-            .map(|(_, node)| (node, nodes.membership(node)))
-            .find(|(_, membership)| *membership != Membership::None)?;
-        (membership == Membership::Vtep).then(|| VtepKey { overlay: overlay_id(index), node: node.clone() })
+    }
+
+    /// Where an address is. If the owner's node lost against another one, it is nowhere.
+    fn pod_goal(&self, index: usize, address: Ipv4Addr) -> Option<VtepKey> {
+        let node = self.owner(index, address)?.node;
+        let reached = self.nodes[index].membership(node) == Membership::Vtep;
+        reached.then(|| VtepKey { overlay: overlay_id(index), node: node.clone() })
+    }
+
+    /// The pod of an overlay that has an address: one that stays before one that is being deleted, then one in its
+    /// node's podCIDR before one that is not, then the best claim.
+    fn owner(&self, index: usize, address: Ipv4Addr) -> Option<Claimant<'_>> {
+        let claims = self.pods.claimants(address).filter_map(|claim| {
+            let place = self.place(index, claim.node, address);
+            matches!(place, Place::InCidr | Place::Elsewhere).then_some((claim, place))
+        });
+        // Of equal ones the first, which is the best.
+        claims
+            .min_by_key(|(claim, place)| (claim.terminating, *place == Place::Elsewhere))
+            .map(|(claim, _)| claim)
+    }
+
+    /// What an address is to an overlay, as that of a pod on a node. A pod may move with its address to another node, so
+    /// within the configured network it need not be in that node's podCIDR; but nobody's word is taken for a host that is
+    /// no pod.
+    fn place(&self, index: usize, node: &str, address: Ipv4Addr) -> Place<'_> {
+        let (overlay, nodes) = (&self.overlays[index], &self.nodes[index]);
+        let Some(cidr) = nodes.cidr(node) else { return Place::Foreign };
+        let lan = nodes.lan(Ipv4Net::from(address));
+        match overlay.network {
+            _ if overlay.subnet.contains(&address) => Place::Own,
+            Some(network) if !network.contains(&address) => Place::Outside(network),
+            _ if cidr.contains(&address) => Place::InCidr,
+            _ if lan.is_some() => lan.map_or(Place::Foreign, Place::Lan),
+            Some(_) => Place::Elsewhere,
+            None => Place::Unbounded,
+        }
     }
 
     fn update_misplaced(&mut self, pod: &PodRef) {
@@ -264,38 +325,75 @@ impl Planner {
     fn misplacements(&self, pod: &PodRef) -> Vec<Problem> {
         let Some(facts) = self.pods.placed(pod) else { return Vec::new() };
         let PodFacts { address, node, origin, .. } = facts;
-        let overlays = self.overlays.iter().zip(&self.nodes);
-        overlays
-            .filter(|(_, nodes)| nodes.membership(node) == Membership::Vtep)
-            .filter_map(|(overlay, nodes)| {
-                let place = || format!("{pod}, status.podIP");
-                if overlay.subnet.contains(address) {
-                    return Some(Problem::error(
-                        place(),
+        let places = self.overlays.iter().enumerate().map(|(index, overlay)| {
+            let cidr = self.nodes[index].cidr(node);
+            (overlay, cidr, self.place(index, node, *address))
+        });
+        places
+            .filter_map(|(overlay, cidr, place)| {
+                let field = format!("{pod}, status.podIP");
+                let outside =
+                    || cidr.map(|cidr| format!("{address} is outside of {cidr}, the podCIDR of Node {node}"));
+                Some(match place {
+                    Place::InCidr | Place::Foreign => return None,
+                    Place::Own => Problem::error(
+                        field,
                         format!("{address} is in the gateway's own subnet {}", overlay.subnet),
                         "the subnet must not be given to a node: check the allocation of pod CIDRs",
-                    ));
-                }
-                if let Some(network) = overlay.network.filter(|network| !network.contains(address)) {
-                    return Some(Problem::error(
-                        place(),
+                    ),
+                    Place::Outside(network) => Problem::error(
+                        field,
+                        format!("{address} is outside of {network}, the network of overlay {:?}", overlay.name),
+                        "widen the overlay's network if the address is the cluster's",
+                    ),
+                    Place::Lan(lan) => Problem::error(
+                        field,
                         format!(
-                            "{address} is outside of {network}, the network of overlay {:?}",
+                            "{}, but in {}, the network of this host's interface {}",
+                            outside()?,
+                            lan.network,
+                            lan.interface
+                        ),
+                        "delete the Pod, or find out who wrote its status: a host of that network is no pod",
+                    ),
+                    Place::Unbounded => Problem::error(
+                        field,
+                        outside()?,
+                        format!(
+                            "if pods move between nodes with their addresses, set network of overlay {:?} (flannel's \
+                             Network): within it they are believed",
                             overlay.name
                         ),
-                        "widen the overlay's network if the address is the cluster's",
-                    ));
-                }
-                let cidr = nodes.cidr(node).filter(|cidr| !cidr.contains(address))?;
-                Some(Problem::warning(
-                    place(),
-                    format!("{address} is outside of {cidr}, the podCIDR of Node {node}"),
-                    "if another network plugin gave the address, the node may not deliver it",
-                ))
+                    ),
+                    Place::Elsewhere => Problem::warning(
+                        field,
+                        outside()?,
+                        "if another network plugin gave the address, the node may not deliver it",
+                    ),
+                })
             })
             .map(|problem| problem.located(origin))
             .collect()
     }
+}
+
+/// What an address is to an overlay, as that of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place<'a> {
+    /// The node is not of this overlay.
+    Foreign,
+    /// In the node's podCIDR.
+    InCidr,
+    /// Not there, but in the overlay's configured network.
+    Elsewhere,
+    /// In the gateway's own subnet.
+    Own,
+    /// Not in the overlay's network.
+    Outside(Ipv4Net),
+    /// Not in the node's podCIDR, but on a LAN of this host.
+    Lan(&'a Lan),
+    /// Not in the node's podCIDR, and nothing else says where pods can be.
+    Unbounded,
 }
 
 /// The file that an object comes from, behind its name.

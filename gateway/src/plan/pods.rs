@@ -29,6 +29,14 @@ struct Rank {
 /// Pods with the same address, best first, and their nodes. Nearly always one, so the room for it is all that is taken.
 type Claims = Vec<(Rank, Arc<str>)>;
 
+/// A pod that claims an address.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Claimant<'a> {
+    pub(super) pod: &'a PodRef,
+    pub(super) node: &'a Arc<str>,
+    pub(super) terminating: bool,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Pods {
     readings: HashMap<PodRef, PodReading>,
@@ -77,9 +85,15 @@ impl Pods {
         self.readings.keys()
     }
 
-    /// Nodes of the pods that claim an address, best claim first.
-    pub(super) fn claimants(&self, address: Ipv4Addr) -> impl Iterator<Item = (&PodRef, &Arc<str>)> {
-        self.claims.get(&address).into_iter().flatten().map(|(rank, node)| (&rank.pod, node))
+    /// Pods that claim an address, best claim first.
+    pub(super) fn claimants(&self, address: Ipv4Addr) -> impl Iterator<Item = Claimant<'_>> {
+        let claims = self.claims.get(&address).into_iter().flatten();
+        claims.map(|(rank, node)| Claimant { pod: &rank.pod, node, terminating: rank.terminating })
+    }
+
+    /// Addresses that are claimed.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = Ipv4Addr> {
+        self.claims.keys().copied()
     }
 
     /// A node's pods and their addresses.

@@ -46,7 +46,10 @@ fn overlay(name: &str, prefix: &str, third: u8, source_check: SourceCheck) -> Ov
 
 fn overlays() -> Vec<Overlay> {
     vec![
-        overlay("a", "a.example/", 30, SourceCheck::Node),
+        Overlay {
+            network: Some("10.244.0.0/16".parse().unwrap()),
+            ..overlay("a", "a.example/", 30, SourceCheck::Node)
+        },
         overlay("b", "b.example/", 31, SourceCheck::Strict),
         overlay("c", "a.example/", 32, SourceCheck::Off),
     ]
@@ -146,8 +149,12 @@ fn apply(object: Object) -> Event {
     Event::Apply(Arc::new(object))
 }
 
+fn lan(network: &str) -> Lan {
+    Lan { network: network.parse().unwrap(), interface: "eth0".into() }
+}
+
 /// What the tables should say, worked out from all objects at once without any index.
-fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay]) -> Desired {
+fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay], lans: &BTreeSet<Lan>) -> Desired {
     let mut desired = Desired::default();
     let mut claims: BTreeMap<Ipv4Addr, Vec<_>> = BTreeMap::new();
     for object in objects.values() {
@@ -166,6 +173,11 @@ fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay]) -> Desire
             }
         }
         members.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+        let lans: Vec<Ipv4Net> = lans
+            .iter()
+            .map(|lan| lan.network)
+            .filter(|lan| !overlay.network.is_some_and(|network| lan.contains(&network)))
+            .collect();
         let mut taken: Vec<&(_, Arc<str>, NodeFacts)> = Vec::new();
         for member in &members {
             let facts = &member.2;
@@ -175,7 +187,8 @@ fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay]) -> Desire
                     || other.cidr.contains(&facts.cidr)
                     || facts.cidr.contains(&other.cidr)
             });
-            if !clash {
+            let on_link = lans.iter().any(|lan| lan.contains(&facts.cidr) || facts.cidr.contains(lan));
+            if !clash && !on_link {
                 taken.push(member);
             }
         }
@@ -205,12 +218,23 @@ fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay]) -> Desire
                 source(name, facts.endpoint);
             }
         }
-        for (address, claimants) in &mut claims {
-            claimants.sort();
-            let best = claimants.iter().find(|(_, node)| members.iter().any(|(_, name, _)| name == node));
-            if let Some((_, node)) = best
-                && taken.iter().any(|(_, name, _)| name == node)
+        for (address, claimants) in &claims {
+            let bounded = overlay.network.is_some_and(|network| {
+                network.contains(address) && !lans.iter().any(|lan| lan.contains(address))
+            });
+            let mut believed = Vec::new();
+            for ((terminating, age, pod), node) in claimants {
+                let Some((_, _, facts)) = members.iter().find(|(_, name, _)| name == node) else { continue };
+                let at_home = facts.cidr.contains(address);
+                if at_home || bounded {
+                    believed.push(((*terminating, !at_home, *age, pod.clone()), node));
+                }
+            }
+            believed.sort();
+            if let Some((_, node)) = believed.first()
+                && taken.iter().any(|(_, name, _)| name == *node)
                 && !overlay.subnet.contains(address)
+                && overlay.network.is_none_or(|network| network.contains(address))
             {
                 desired.pods.insert((id, *address), key(node));
             }
@@ -230,6 +254,13 @@ fn differences(a: &Desired, b: &Desired) -> Changes {
         prefixes: differing(&a.prefixes, &b.prefixes),
         sources: differing(&a.sources, &b.sources),
     }
+}
+
+fn covers(changes: &Changes, differ: &Changes) -> bool {
+    changes.vteps.is_superset(&differ.vteps)
+        && changes.pods.is_superset(&differ.pods)
+        && changes.prefixes.is_superset(&differ.prefixes)
+        && changes.sources.is_superset(&differ.sources)
 }
 
 /// What the cluster holds, by the rules of the event model.
@@ -283,14 +314,39 @@ fn any_node() -> impl Strategy<Value = Object> {
 }
 
 fn any_pod() -> impl Strategy<Value = Object> {
-    let address =
-        prop::sample::select(vec!["10.244.1.2", "10.244.2.2", "10.244.3.2", "10.244.30.2", "no", "fd00::1"]);
+    let address = prop::sample::select(vec![
+        "10.244.1.2",
+        "10.244.2.2",
+        "10.244.3.2",
+        "10.244.3.200",
+        "10.244.30.2",
+        "192.0.2.1",
+        "no",
+    ]);
     let phase = prop::sample::select(vec!["Running", "Running", "Pending", "Succeeded", "Failed"]);
     (0..6u8, 0..7u8, address, prop::option::of(0..3i64), any::<bool>(), phase).prop_map(
         |(name, node, address, created, terminating, phase)| {
             pod(&format!("p{name}"), &format!("n{node}"), address, created, terminating, phase)
         },
     )
+}
+
+/// What happens to a planner.
+#[derive(Clone, Debug)]
+enum Step {
+    Event(Event),
+    Lans(BTreeSet<Lan>),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let lans = prop::sample::subsequence(
+        vec!["10.244.2.0/25", "10.244.3.0/24", "10.0.0.0/8", "10.244.1.0/24", "10.244.30.0/24"],
+        0..3,
+    );
+    prop_oneof![
+        9 => any_event().prop_map(Step::Event),
+        1 => lans.prop_map(|lans| Step::Lans(lans.into_iter().map(lan).collect())),
+    ]
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
@@ -309,19 +365,34 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     #[test]
-    fn after_any_events_the_plan_is_the_one_made_afresh(events in prop::collection::vec(any_event(), 0..40)) {
+    fn after_any_steps_the_plan_is_the_one_made_afresh(steps in prop::collection::vec(any_step(), 0..40)) {
         let overlays = overlays();
         let mut planner = Planner::new(&overlays);
         let mut cluster = Cluster::default();
-        for event in &events {
+        let mut lans = BTreeSet::new();
+        for step in &steps {
             let before = planner.desired().clone();
-            let changes = planner.apply(event);
-            cluster.apply(event);
-            prop_assert_eq!(planner.desired(), &afresh(&cluster.objects, &overlays), "after {:?}", event);
-            prop_assert_eq!(changes, differences(&before, planner.desired()), "after {:?}", event);
+            let changes = match step {
+                Step::Event(event) => {
+                    cluster.apply(event);
+                    planner.apply(event)
+                }
+                Step::Lans(now) => {
+                    lans.clone_from(now);
+                    planner.set_lans(now)
+                }
+            };
+            prop_assert_eq!(planner.desired(), &afresh(&cluster.objects, &overlays, &lans), "after {:?}", step);
+            let differ = differences(&before, planner.desired());
+            match step {
+                Step::Event(_) => prop_assert_eq!(changes, differ, "after {:?}", step),
+                // A key may be named that changed twice.
+                Step::Lans(_) => prop_assert!(covers(&changes, &differ), "after {:?}: {:?}", step, changes),
+            }
         }
         // The way there does not matter, and neither do the problems that were.
         let mut again = Planner::new(&overlays);
+        again.set_lans(&lans);
         for object in cluster.objects.values().rev() {
             again.apply(&apply(object.clone()));
         }
@@ -392,14 +463,14 @@ fn a_pod_waits_for_its_node() {
 fn an_address_goes_to_the_newest_pod_that_stays() {
     let nodes = [node_text("n1", 1, "10.244.1.0/24").object(), node_text("n2", 2, "10.244.2.0/24").object()];
     let mut planner = planner(nodes);
-    planner.apply(&apply(pod("old", "n1", "10.244.1.5", Some(1), false, "Running")));
-    planner.apply(&apply(pod("new", "n2", "10.244.1.5", Some(2), false, "Running")));
-    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n2");
+    planner.apply(&apply(pod("old", "n1", "10.244.9.5", Some(1), false, "Running")));
+    planner.apply(&apply(pod("new", "n2", "10.244.9.5", Some(2), false, "Running")));
+    assert_eq!(planner.desired().pods[&address("10.244.9.5")].node.as_ref(), "n2");
     assert!(planner.problems().iter().any(|problem| problem.place == "Pod default/old, status.podIP"));
-    planner.apply(&apply(pod("new", "n2", "10.244.1.5", Some(2), true, "Running")));
-    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n1");
+    planner.apply(&apply(pod("new", "n2", "10.244.9.5", Some(2), true, "Running")));
+    assert_eq!(planner.desired().pods[&address("10.244.9.5")].node.as_ref(), "n1");
     planner.apply(&Event::Delete(ObjectRef::pod("default", "old")));
-    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n2");
+    assert_eq!(planner.desired().pods[&address("10.244.9.5")].node.as_ref(), "n2");
 }
 
 #[test]
@@ -451,10 +522,7 @@ fn a_pod_in_the_gateways_subnet_takes_nobodys_address() {
 /// A pod that claims somebody else's address must not make the gateway answer ARP for it.
 #[test]
 fn a_pod_outside_of_the_network_takes_nobodys_address() {
-    let mut overlays = overlays();
-    overlays.truncate(1);
-    overlays[0].network = Some("10.244.0.0/16".parse().unwrap());
-    let mut planner = Planner::new(&overlays);
+    let mut planner = Planner::new(&overlays()[..1]);
     let node = node_text("n1", 1, "10.244.1.0/24").object();
     for object in [node, running("good", "n1", "10.244.9.5"), running("bad", "n1", "192.168.1.1")] {
         planner.apply(&apply(object));
@@ -468,12 +536,96 @@ fn a_pod_outside_of_the_network_takes_nobodys_address() {
     );
 }
 
+/// Without a network that bounds it, flannel gives out addresses of the node's podCIDR only.
+#[test]
+fn without_a_network_a_pod_is_in_its_nodes_cidr() {
+    let mut planner = Planner::new(&overlays()[2..]);
+    let node = node_text("n1", 1, "10.244.1.0/24").object();
+    for object in [node, running("good", "n1", "10.244.1.5"), running("bad", "n1", "192.168.1.1")] {
+        planner.apply(&apply(object));
+    }
+    assert_eq!(planner.desired().pods.keys().collect::<Vec<_>>(), [&address("10.244.1.5")]);
+    let [problem] = &planner.problems()[..] else { panic!("{:?}", planner.problems()) };
+    assert_eq!(
+        (problem.severity, problem.place.as_str()),
+        (Severity::Error, "Pod default/bad, status.podIP")
+    );
+    assert!(problem.remedy.contains("set network of overlay"), "{problem:?}");
+}
+
+/// A node's word takes no address from a pod that is where its podCIDR is.
+#[test]
+fn a_stray_pod_takes_no_address_from_one_that_is_at_home() {
+    let nodes = [node_text("n1", 1, "10.244.1.0/24").object(), node_text("n2", 2, "10.244.2.0/24").object()];
+    let mut planner = planner(nodes);
+    planner.apply(&apply(pod("home", "n1", "10.244.1.5", Some(1), false, "Running")));
+    planner.apply(&apply(pod("stray", "n2", "10.244.1.5", Some(2), false, "Running")));
+    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n1");
+    let told = |planner: &Planner, what: &str| {
+        let told = planner
+            .problems()
+            .iter()
+            .any(|problem| problem.place == "Pod default/stray, status.podIP" && problem.what.contains(what));
+        assert!(told, "{what}: {:#?}", planner.problems());
+    };
+    told(&planner, "also that of Pod default/home");
+    planner.apply(&Event::Delete(ObjectRef::pod("default", "home")));
+    assert_eq!(planner.desired().pods[&address("10.244.1.5")].node.as_ref(), "n2", "it has moved");
+    told(&planner, "outside of 10.244.2.0/24");
+}
+
+/// The gateway would answer ARP for the hosts of its own LAN, and send what is theirs into the tunnel.
+#[test]
+fn pods_are_not_on_the_lans_of_this_host() {
+    let node = node_text("n1", 1, "10.244.1.0/24").object();
+    let objects = [node, running("p", "n1", "10.244.1.5"), running("stray", "n1", "10.244.9.5")];
+    let told = |planner: &Planner, place: &str, what: &str| {
+        let found = planner.problems().into_iter().find(|problem| problem.place == place);
+        let found = found.unwrap_or_else(|| panic!("{place}: {:#?}", planner.problems()));
+        assert!(found.severity == Severity::Error && found.what.contains(what), "{found:?}");
+    };
+    // With a network: a LAN in it is none of the cluster's, however the two lie in each other.
+    let mut planner = planner(objects.clone());
+    let whole = planner.desired().clone();
+    for lan in ["10.244.1.0/24", "10.244.1.64/26", "10.244.0.0/20"].map(lan) {
+        let changes = planner.set_lans(&[lan.clone()].into());
+        assert!(
+            vteps(&planner).is_empty() && changes.vteps.len() == 1 && !changes.pods.is_empty(),
+            "{lan:?}"
+        );
+        told(&planner, "Node n1, spec.podCIDR", &format!("overlaps {}, the network", lan.network));
+        planner.set_lans(&BTreeSet::new());
+        assert_eq!(planner.desired(), &whole);
+    }
+    planner.set_lans(&[lan("10.244.9.0/24")].into());
+    assert_eq!(planner.desired().pods.keys().collect::<Vec<_>>(), [&address("10.244.1.5")]);
+    told(&planner, "Pod default/stray, status.podIP", "in 10.244.9.0/24");
+    // Stations that have the pod network on their link ask for pods by ARP.
+    for around in ["10.244.0.0/16", "10.0.0.0/8"] {
+        planner.set_lans(&[lan(around)].into());
+        assert_eq!(planner.desired(), &whole, "{around}");
+    }
+    // Without a network nobody says so.
+    let mut planner = Planner::new(&overlays()[2..]);
+    planner.set_lans(&[lan("10.0.0.0/8")].into());
+    for object in objects {
+        planner.apply(&apply(object));
+    }
+    assert_eq!(planner.desired().vteps.len(), 0);
+    let place = "Node n1, spec.podCIDR";
+    told(&planner, place, "overlaps 10.0.0.0/8");
+    let remedies: Vec<String> = planner.problems().into_iter().map(|problem| problem.remedy).collect();
+    assert!(remedies.iter().any(|remedy| remedy.contains("set the overlay's network")), "{remedies:?}");
+    planner.set_lans(&BTreeSet::new());
+    assert_eq!(vteps(&planner), ["n1"]);
+}
+
 /// The size that the design aims for, in an order that makes every pod wait for its node.
 #[test]
 fn five_thousand_nodes_and_their_pods() {
     const NODES: u32 = 5_000;
     const PODS_PER_NODE: u32 = 30;
-    let mut planner = Planner::new(&overlays()[..1]);
+    let mut planner = Planner::new(&overlays()[2..]);
     let at = |index: u32, host: u32| Ipv4Addr::from(0x0a80_0000 + (index << 8) + host);
     for index in 0..NODES {
         for host in 2..PODS_PER_NODE + 2 {

@@ -2,19 +2,22 @@
 
 use std::{net::Ipv4Addr, path::Path};
 
-use gateway::kernel::{
-    device::{Device, Goal, Way},
-    host::Host,
-    netlink,
+use gateway::{
+    config::Overlay,
+    kernel::{
+        device::{self, Device, Goal, Way},
+        host::Host,
+        netlink,
+    },
 };
-use gateway_common::wire::Mac;
+use gateway_common::wire::{Mac, Vni};
 
 use crate::sandbox::{isolated, overlay, sh};
 
 async fn apply(goal: &Goal) -> Vec<String> {
     let handle = netlink::connect().unwrap();
     let host = Host::read(&handle).await.unwrap();
-    Device::new(handle, &overlay()).apply(goal, &host, 1500).await
+    Device::new(handle, "test", &overlay()).apply(goal, &host, 1500).await
 }
 
 fn goal(octets: &[u8]) -> Goal {
@@ -71,8 +74,8 @@ fn the_device_is_what_flannel_makes() {
         assert_eq!(
             neighbours(),
             [
-                "10.244.1.0 lladdr 02:00:00:00:00:01 PERMANENT",
-                "10.244.2.0 lladdr 02:00:00:00:00:02 PERMANENT",
+                "10.244.1.0 lladdr 02:00:00:00:00:01 PERMANENT proto 103",
+                "10.244.2.0 lladdr 02:00:00:00:00:02 PERMANENT proto 103",
             ]
         );
         assert_eq!(
@@ -92,7 +95,7 @@ fn the_device_is_what_flannel_makes() {
         next.forwarding = [(moved, Ipv4Addr::new(172, 16, 2, 22))].into();
         assert_eq!(apply(&next).await, Vec::<String>::new());
         assert_eq!(routes(), ["10.244.2.0/24 via 10.244.2.0 proto 103 src 10.244.30.0 onlink"]);
-        assert_eq!(neighbours(), ["10.244.2.0 lladdr 02:00:00:00:00:22 PERMANENT"]);
+        assert_eq!(neighbours(), ["10.244.2.0 lladdr 02:00:00:00:00:22 PERMANENT proto 103"]);
         assert_eq!(forwarding(), ["02:00:00:00:00:22 dst 172.16.2.22 self permanent"]);
         assert!(sh("ip link show gw-flannel").contains("mtu 1450"));
         assert!(sh("ip route show 198.51.100.0/24").contains("172.16.2.77"));
@@ -109,7 +112,7 @@ fn the_device_is_what_flannel_makes() {
         );
         assert_eq!((neighbours().len(), forwarding().len()), (0, 0));
 
-        let removed = Device::new(netlink::connect().unwrap(), &overlay()).remove().await.unwrap();
+        let removed = Device::new(netlink::connect().unwrap(), "test", &overlay()).remove().await.unwrap();
         assert!(removed);
         assert_eq!(sh("ip route show proto 103"), "");
         assert_eq!(sh("ip link show type vxlan"), "");
@@ -121,9 +124,46 @@ fn the_device_is_what_flannel_makes() {
 fn outdated_settings_make_a_new_device() {
     isolated(async |_: &Path| {
         und();
-        sh("ip link add gw-flannel type vxlan id 9 dstport 4789 local 172.16.2.200 learning");
+        // Of a version that noted nothing.
+        sh("ip link add gw-flannel type vxlan id 1 dstport 8472 local 172.16.2.200 nolearning");
         assert_eq!(apply(&goal(&[1])).await, Vec::<String>::new());
-        assert!(sh("ip -d link show gw-flannel").contains("vxlan id 1 "));
+        assert!(sh("ip link show gw-flannel").contains("alias gateway instance test"));
+
+        let handle = netlink::connect().unwrap();
+        let host = Host::read(&handle).await.unwrap();
+        let other = Overlay { vni: Vni::new(9).unwrap(), ..overlay() };
+        let device = Device::new(handle, "test", &other);
+        assert_eq!(device.apply(&goal(&[1]), &host, 1500).await, Vec::<String>::new());
+        let shown = sh("ip -d link show gw-flannel");
+        assert!(shown.contains("vxlan id 9 ") && shown.contains("alias gateway instance test"), "{shown}");
+        assert!(device.remove().await.unwrap());
+    });
+}
+
+/// A device of our name that is another instance's, or an administrator's.
+#[test]
+fn a_device_of_somebody_else_is_left_alone() {
+    const BY_HAND: &str = "ip link add gw-flannel type vxlan id 9 dstport 4789 local 172.16.2.200";
+    isolated(async |_: &Path| {
+        und();
+        let handle = || netlink::connect().unwrap();
+        let host = Host::read(&handle()).await.unwrap();
+        let theirs = Device::new(handle(), "other", &Overlay { vni: Vni::new(9).unwrap(), ..overlay() });
+        for by_hand in [false, true] {
+            if by_hand {
+                sh(BY_HAND);
+            } else {
+                assert_eq!(theirs.apply(&Goal::default(), &host, 1500).await, Vec::<String>::new());
+            }
+            let before = sh("ip -d link show gw-flannel");
+            let problems = apply(&goal(&[1])).await;
+            assert!(problems.len() == 1 && problems[0].contains("is not of this gateway"), "{problems:?}");
+            assert_eq!(problems[0].contains("(gateway instance other)"), !by_hand, "{problems:?}");
+            assert!(!Device::new(handle(), "test", &overlay()).remove().await.unwrap());
+            assert!(!device::remove(&handle(), "test", "gw-flannel").await.unwrap());
+            assert_eq!(sh("ip -d link show gw-flannel"), before);
+            sh("ip link delete gw-flannel");
+        }
     });
 }
 
@@ -139,6 +179,6 @@ fn a_rival_is_named_and_left_alone() {
 
         sh("ip link del flannel.1; ip link add gw-flannel type bridge");
         let problems = apply(&goal(&[1])).await;
-        assert!(problems[0].contains("is no VXLAN device"), "{problems:?}");
+        assert!(problems[0].contains("is not of this gateway"), "{problems:?}");
     });
 }

@@ -153,7 +153,7 @@ fn a_next_hop_that_is_not_known_yet_takes_nothing_away() {
         let reconciler = Reconciler::adopt(Tables::open(&pins(bpffs)).unwrap()).unwrap();
         assert_eq!(reconciler.adopted().count(), 3);
         let nodes = cluster(&[("b", 11)]);
-        let pending = NextHop::Pending("not looked up yet".to_owned());
+        let pending = NextHop::Pending { reason: "not looked up yet".to_owned(), way: None };
         let spec = nodes.vteps[&key("b")];
         let unresolved = template::slot(0, &config.overlays[0], &spec, &pending);
         assert!(!unresolved.flags.has(VtepFlags::READY));

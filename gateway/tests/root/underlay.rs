@@ -28,7 +28,7 @@ struct Rig {
 impl Rig {
     async fn new(config: Config) -> Self {
         let handle = netlink::connect().unwrap();
-        let events = netlink::subscribe().unwrap();
+        let events = netlink::subscribe().unwrap().events;
         let mut underlay = Underlay::new(handle.clone());
         underlay.resync().await.unwrap();
         underlay.track(&[NODE, FAR].into()).await;
@@ -99,7 +99,7 @@ fn neighbours_are_resolved_without_traffic_and_followed() {
 
         // Somebody deletes the entry: it is asked for again, and nothing says that it is unreachable.
         sh("ip neigh del 172.16.2.10 dev und");
-        rig.until(NODE, |hop| matches!(hop, NextHop::Pending(_))).await;
+        rig.until(NODE, |hop| matches!(hop, NextHop::Pending { .. })).await;
         rig.until(NODE, |hop| matches!(hop, NextHop::Ready(_))).await;
 
         // The node's address moves to another card.

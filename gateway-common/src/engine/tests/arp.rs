@@ -69,6 +69,15 @@ fn kernel_local_in_a_pod_prefix() {
     assert_eq!(outcome(&tables, &request(UNLISTED_POD)), Outcome::ArpOther);
 }
 
+/// So is a prefix that the kernel takes for itself.
+#[test]
+fn local_prefix_in_a_pod_prefix() {
+    let mut tables = gateway();
+    set_local_prefix(&mut tables, [10, 244, 1, 192], 26);
+    assert_eq!(outcome(&tables, &request(UNLISTED_POD)), Outcome::ArpOther);
+    assert_eq!(outcome(&tables, &request([10, 244, 1, 191])), Outcome::ArpReply);
+}
+
 /// A route into our own subnet, from a Node that claims it, must not take over our clients.
 #[test]
 fn a_prefix_over_our_subnet() {

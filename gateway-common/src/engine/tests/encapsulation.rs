@@ -348,3 +348,12 @@ fn what_the_kernel_owns_is_no_pod(#[case] source: [u8; 4]) {
     tables.pods.insert(OverlayAddress { overlay: 0, address: Ipv4::new(LOCAL) }, Route::to(NODE_ID));
     assert_eq!(outcome(&tables, &frame), Outcome::NoRoute);
 }
+
+#[test]
+fn what_lies_in_a_local_prefix_is_no_pod() {
+    let mut tables = gateway();
+    set_local_prefix(&mut tables, [10, 244, 1, 192], 26);
+    let to = |address| ethernet(NIC, CLIENT_NIC, 0x0800, &udp(CLIENT, address, 64, 0, (5555, 22), b"x"));
+    assert_eq!(outcome(&tables, &to(UNLISTED_POD)), Outcome::NoRoute);
+    assert_eq!(outcome(&tables, &to([10, 244, 1, 191])), Outcome::Encap);
+}

@@ -4,8 +4,8 @@ use etherparse::{EtherType, Ethernet2Header, IpFragOffset, IpNumber, Ipv4Header,
 
 use crate::{
     abi::{
-        Class, Config, Egress, LocalAddress, Outcome, Overlay, OverlayAddress, OverlayFlags, Roles, Route,
-        Vtep, VtepFlags, VtepSlot,
+        Class, Config, Egress, LocalAddress, Outcome, Overlay, OverlayAddress, OverlayFlags, Prefix, Roles,
+        Route, Vtep, VtepFlags, VtepSlot,
     },
     checksum::Sum,
     engine::{Action, Fib, Verdict},
@@ -97,7 +97,8 @@ pub(super) fn gateway() -> HostTables {
     config.roles = Roles::BOTH;
     config.overlay_count = 1;
     config.overlays[0] = overlay;
-    let outward = Fib::Forward { ifindex: OUTSIDE, source: Mac::new(NIC), next_hop: Mac::new(CLIENT_NIC), mtu: 1500 };
+    let outward =
+        Fib::Forward { ifindex: OUTSIDE, source: Mac::new(NIC), next_hop: Mac::new(CLIENT_NIC), mtu: 1500 };
     HostTables {
         config,
         pods: [(key(POD), Route::to(NODE_ID)), (key(OTHER_POD), Route::to(OTHER_ID))].into(),
@@ -121,6 +122,13 @@ pub(super) fn gateway() -> HostTables {
         icmp_allowance: std::cell::Cell::new(u32::MAX),
         ..HostTables::default()
     }
+}
+
+/// Lets the kernel take a prefix for itself.
+pub(super) fn set_local_prefix(tables: &mut HostTables, network: [u8; 4], length: u32) {
+    let mask = Ipv4::new((u32::MAX << (32 - length)).to_be_bytes());
+    tables.config.local_prefixes[0] = Prefix { network: Ipv4::new(network), mask };
+    tables.config.local_prefix_count = 1;
 }
 
 /// A UDP packet as a host sends it.

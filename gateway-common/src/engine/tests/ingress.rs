@@ -254,7 +254,11 @@ fn the_way_out_is_remembered() {
     tables.fib.insert(Ipv4::new(CLIENT), FibEntry { answer, mtu: 600 });
     assert_eq!(next_hop(&tables, &frame), Mac::new(CLIENT_NIC));
     assert_eq!(next_hop(&tables, &pod_udp(0, 64, 4, b"data")), other, "another type of service");
-    assert_eq!(outcome(&tables, &pod_udp(0, 64, 4, &[0; 700])), Outcome::OutOversize, "larger than remembered");
+    assert_eq!(
+        outcome(&tables, &pod_udp(0, 64, 4, &[0; 700])),
+        Outcome::OutOversize,
+        "larger than remembered"
+    );
     assert_eq!(next_hop(&tables, &frame), other, "another flow took the place");
 
     tables.fib.clear();
@@ -294,6 +298,7 @@ fn tunnel_packets_belong_on_the_underlay() {
 /// The kernel's socket listens on every address, and on broadcast: what XDP does not take must not get there.
 #[rstest]
 #[case::other_local_address(OVERLAY_ADDRESS, NIC, Outcome::TunnelAddress)]
+#[case::local_prefix([198, 51, 100, 200], NIC, Outcome::TunnelAddress)]
 #[case::broadcast([255; 4], [0xff; 6], Outcome::TunnelAddress)]
 #[case::multicast([224, 0, 0, 1], [1, 0, 0x5e, 0, 0, 1], Outcome::TunnelAddress)]
 #[case::broadcast_by_unicast([255; 4], NIC, Outcome::TunnelAddress)]
@@ -303,8 +308,10 @@ fn tunnel_packets_belong_on_the_underlay() {
 #[case::routed_elsewhere([203, 0, 113, 1], NIC, Outcome::NoRoute)]
 #[case::another_host([203, 0, 113, 1], [2; 6], Outcome::NotForUs)]
 fn the_tunnel_port_elsewhere(#[case] to: [u8; 4], #[case] mac: [u8; 6], #[case] expected: Outcome) {
+    let mut tables = gateway();
+    set_local_prefix(&mut tables, [198, 51, 100, 0], 24);
     let frame = ethernet(mac, NODE_NIC, 0x0800, &udp(NODE, to, 64, 0, (1, PORT), &VNI_1));
-    assert_eq!(outcome(&gateway(), &frame), expected);
+    assert_eq!(outcome(&tables, &frame), expected);
 }
 
 /// VLANs without a role are no way round.

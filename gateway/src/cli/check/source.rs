@@ -17,6 +17,7 @@ use crate::{
         problem::ProblemList,
     },
     config::{Config, Source},
+    kernel::host::Host,
     plan::Planner,
 };
 
@@ -26,9 +27,10 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const SECOND_CHANCE: Duration = Duration::from_secs(2);
 
 /// Reads the source once, and plans what it says as the daemon would.
-pub(super) async fn findings(config: &Config) -> Vec<Finding> {
+pub(super) async fn findings(config: &Config, host: &Host) -> Vec<Finding> {
     let problems = ProblemList::default();
     let mut planner = Planner::new(&config.overlays);
+    planner.set_lans(&host.lans(config));
     let (read, ignored) = match &config.source {
         Source::Files { path } => {
             let mut directory = Directory::new(path, problems.clone(), Duration::ZERO);

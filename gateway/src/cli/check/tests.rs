@@ -48,7 +48,7 @@ async fn manifests_are_planned() {
     let good = node("n1", "0e:00:00:00:00:01", "172.16.2.11", "10.244.1.0/24");
     let twin = node("n2", "0e:00:00:00:00:02", "172.16.2.12", "10.244.1.0/24");
     fs::write(directory.path().join("a.yaml"), format!("{good}{twin}---\nkind: Node\n")).unwrap();
-    let findings = source::findings(&config(directory.path())).await;
+    let findings = source::findings(&config(directory.path()), &Host::default()).await;
     let levels: Vec<Level> = findings.iter().map(|finding| finding.level).collect();
     assert_eq!(levels, [Level::Fail, Level::Fail, Level::Ok, Level::Warn], "{findings:#?}");
     assert!(findings[0].subject.contains("a.yaml, document 3"), "{findings:#?}");
@@ -59,14 +59,14 @@ async fn manifests_are_planned() {
 
     let own = node("gw", "0e:11:22:33:44:55", "172.16.2.200", "10.244.30.0/24");
     fs::write(directory.path().join("a.yaml"), good + &own).unwrap();
-    let findings = source::findings(&config(directory.path())).await;
+    let findings = source::findings(&config(directory.path()), &Host::default()).await;
     assert!(findings.iter().all(|finding| finding.level == Level::Ok), "{findings:#?}");
     assert!(report(&findings).ends_with("ok: 2, warnings: 0, failures: 0"), "{}", report(&findings));
 }
 
 #[tokio::test]
 async fn a_missing_directory_fails() {
-    let findings = source::findings(&config(Path::new("/nonexistent/manifests"))).await;
+    let findings = source::findings(&config(Path::new("/nonexistent/manifests")), &Host::default()).await;
     assert_eq!(findings.len(), 1);
     assert_eq!(findings[0].level, Level::Fail);
 }

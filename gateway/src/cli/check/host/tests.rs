@@ -32,7 +32,7 @@ subnet = "10.244.30.0/24"
 
 fn link(index: u32, name: &str, mtu: u32, kind: Kind) -> Link {
     let mac = Some(gateway_common::wire::Mac::new([2, 0, 0, 0, 0, 1]));
-    Link { index, name: name.into(), mac, mtu, up: true, kind, xdp: XdpState::default() }
+    Link { index, name: name.into(), mac, mtu, up: true, kind, alias: None, xdp: XdpState::default() }
 }
 
 fn host(links: impl IntoIterator<Item = Link>) -> Host {
