@@ -1,12 +1,18 @@
 //! Programs for the interfaces, loaded beside the daemon's other work: the kernel's look at a program takes as long as
 //! a next hop may take to reach the tables.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, thread};
 
 use gateway_common::abi;
-use tokio::task::JoinSet;
+use tokio::{
+    sync::oneshot::{self, error::RecvError},
+    task::JoinSet,
+};
 
-use crate::dataplane::load::{LoadError, Loaded, Loader};
+use crate::dataplane::{
+    bpf,
+    load::{LoadError, Loaded, Loader},
+};
 
 /// A load that has ended.
 #[derive(Debug)]
@@ -19,7 +25,7 @@ pub(super) struct Finished {
 /// Loads under way, and what was wrong with the last ones.
 #[derive(Debug, Default)]
 pub(super) struct Interfaces {
-    loads: JoinSet<Finished>,
+    loads: JoinSet<Result<Finished, RecvError>>,
     under_way: BTreeMap<String, abi::Config>,
     faults: BTreeMap<String, String>,
 }
@@ -33,19 +39,22 @@ impl Interfaces {
         let constants = *constants;
         self.under_way.insert(interface.to_owned(), constants);
         let interface = interface.to_owned();
-        self.loads.spawn_blocking(move || {
+        let (done, finished) = oneshot::channel();
+        // A thread of its own: those of the pool do other work too.
+        thread::spawn(move || {
+            bpf::yield_to_others();
             let result = loader.load(&interface, &constants);
-            Finished { interface, constants, result }
+            // Nobody waits when the daemon stops.
+            let _ = done.send(Finished { interface, constants, result });
         });
+        self.loads.spawn(finished);
     }
 
     /// Waits for the next load that ends; `None` if none is under way.
     pub(super) async fn next(&mut self) -> Option<Finished> {
-        let finished = match self.loads.join_next().await? {
-            Ok(finished) => finished,
-            // Loads are not cancelled.
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        };
+        let finished = self.loads.join_next().await?;
+        // Loads are not cancelled, so only a panic of theirs leaves nothing.
+        let finished = finished.expect("waiting does not panic").expect("a load does not panic");
         if self.under_way.get(&finished.interface) == Some(&finished.constants) {
             self.under_way.remove(&finished.interface);
         }

@@ -12,7 +12,7 @@
 //! - [`sweep`]: removes sessions, by a program.
 
 pub mod batch;
-mod bpf;
+pub(crate) mod bpf;
 pub mod constants;
 pub mod load;
 pub mod pins;
