@@ -20,6 +20,7 @@ use std::{
 
 use anyhow::Context as _;
 use gateway_common::abi::{self, OverlayAddress, VtepFlags, VtepSlot};
+use rtnetlink::Handle;
 use tokio::{
     sync::{Notify, mpsc},
     time::{MissedTickBehavior, interval, sleep, sleep_until},
@@ -74,6 +75,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const SETTLE: Duration = Duration::from_millis(10);
 /// Events of the source taken before the tables are brought up to date.
 const BURST: usize = 4096;
+/// So long the kernel may take to detach a program that nobody holds any more.
+const RELEASE: Duration = Duration::from_secs(1);
 /// MTU of the underlay while its interface is absent.
 const DEFAULT_MTU: u32 = 1500;
 
@@ -154,11 +157,29 @@ fn draining(config: &Config, found: &census::Sessions) -> BTreeSet<Ipv4Addr> {
     draining
 }
 
+/// Links and addresses, if no foreign program is on an interface that gets one. The kernel lets go of what a daemon that
+/// was killed had not pinned a moment after its end.
+async fn own_host(handle: &Handle, config: &Config, programs: &Programs) -> anyhow::Result<Host> {
+    let deadline = Instant::now() + RELEASE;
+    loop {
+        let host = Host::read(handle).await?;
+        if config.datapath.xdp_mode == XdpMode::Off {
+            return Ok(host);
+        }
+        let mut links = config.interfaces.iter().filter_map(|interface| host.by_name(&interface.name));
+        match links.try_for_each(|link| programs.refuse_foreign(link)) {
+            Ok(()) => return Ok(host),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) => sleep(RELEASE / 20).await,
+        }
+    }
+}
+
 /// The daemon of an instance.
 #[derive(Debug)]
 pub struct Daemon {
     config: Config,
-    handle: rtnetlink::Handle,
+    handle: Handle,
     programs: Programs,
     interfaces: Interfaces,
     /// What programs have to know of sessions.
@@ -198,6 +219,8 @@ impl Daemon {
             );
         }
         let mut programs = Programs::prepare(pins, &config)?;
+        let handle = netlink::connect().context("cannot open a netlink connection")?;
+        let host = own_host(&handle, &config, &programs).await?;
         programs.create_tables()?;
         let tables = Tables::open(programs.pins())?;
         let mut census = Census::default();
@@ -208,8 +231,6 @@ impl Daemon {
             info!(open = census.sessions, "room for {}", session_memory_text(sessions.slots));
         }
         let reconciler = Reconciler::adopt(tables)?;
-        let handle = netlink::connect().context("cannot open a netlink connection")?;
-        let host = Host::read(&handle).await?;
         let slow_path = SlowPath::start(&config, &host).await?;
         let mut daemon = Self {
             planner: Planner::new(&config.overlays),
@@ -796,6 +817,9 @@ impl Daemon {
 
     /// Why a node cannot be reached, for people.
     fn obstacle(&self, key: &VtepKey) -> Option<String> {
+        if self.reconciler.vtep_id(key).is_none() {
+            return Some("it has no entry in the table VTEPS: see the problems".to_owned());
+        }
         if self.slots.get(key).is_some_and(|slot| slot.flags.has(VtepFlags::READY)) {
             return None;
         }

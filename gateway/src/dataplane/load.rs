@@ -439,6 +439,19 @@ impl Programs {
         Ok(())
     }
 
+    /// Looks for a program on the interface that is not of this instance: before anything is made, as what is made for
+    /// an instance that cannot run is in the way of those that do.
+    ///
+    /// # Errors
+    ///
+    /// Whose it is, and how to remove it.
+    pub fn refuse_foreign(&self, link: &Link) -> Result<(), LoadError> {
+        match link.xdp.program {
+            Some(program) if !self.pins().holds(&link.name, program) => Err(self.foreign(link)),
+            _ => Ok(()),
+        }
+    }
+
     /// Who runs on the interface, for the error.
     fn foreign(&self, link: &Link) -> LoadError {
         let interface = link.name.clone();

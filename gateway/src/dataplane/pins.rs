@@ -35,7 +35,10 @@ use std::{
     time::Duration,
 };
 
-use aya::maps::{MapData, MapError, MapInfo, MapType};
+use aya::{
+    maps::{MapData, MapError, MapInfo, MapType},
+    programs::links::{FdLink, PinnedLink},
+};
 use gateway_common::abi::{VERSION, map};
 use nix::{
     errno::Errno,
@@ -110,7 +113,7 @@ pub enum PinError {
     },
     /// Another daemon runs.
     #[error(
-        "instance {instance} is already running{}: stop that process, or give this one another name with --instance",
+        "instance {instance} is already running{}: stop that process first",
         holder.map_or_else(String::new, |pid| format!(" as process {pid}"))
     )]
     Locked {
@@ -350,6 +353,12 @@ impl Pins {
     pub fn link(&self, interface: &str) -> PathBuf {
         // bpffs refuses dots in names; interface names may have them, but no `%`-escapes of their own.
         self.links().join(interface.replace('%', "%25").replace('.', "%2e"))
+    }
+
+    /// Whether the program is on the interface by the pinned link.
+    pub(super) fn holds(&self, interface: &str, program: u32) -> bool {
+        let pinned = PinnedLink::from_pin(self.link(interface)).map(FdLink::from);
+        pinned.and_then(|link| link.info()).is_ok_and(|info| info.program_id() == program)
     }
 
     /// Another instance that has a pinned link of the interface.

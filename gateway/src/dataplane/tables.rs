@@ -53,9 +53,7 @@ impl TableError {
 
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::E2BIG | libc::ENOSPC) => {
-            " (the table is full: raise its size under [datapath] in the configuration)"
-        }
+        Some(libc::E2BIG | libc::ENOSPC) => " (the table is full: raise its size, max_... under [datapath])",
         Some(libc::EPERM) => " (root, or CAP_BPF and CAP_NET_ADMIN, is needed)",
         _ => "",
     }

@@ -2,7 +2,10 @@
 
 use std::{fs, path::Path};
 
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::{
+    errno::Errno,
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
 
 use super::Finding;
 use crate::config::Config;
@@ -97,11 +100,13 @@ fn capabilities(status: &str) -> Finding {
 
 fn bpffs(path: &Path) -> Finding {
     let subject = path.display().to_string();
-    let advice = format!("mount -t bpf bpf {subject}");
     match statfs(path) {
         Ok(fs) if fs.filesystem_type() == BPF_FS_MAGIC => Finding::ok(subject, "is a bpffs"),
-        Ok(_) => Finding::fail(subject, "is no bpffs", advice),
-        Err(error) => Finding::fail(subject, format!("cannot be read: {}", error.desc()), advice),
+        Ok(_) | Err(Errno::ENOENT) => Finding::ok(subject, "is no bpffs; `gateway run` mounts one there"),
+        Err(error) => {
+            let advice = format!("mount -t bpf bpf {subject}");
+            Finding::fail(subject, format!("cannot be read: {}", error.desc()), advice)
+        }
     }
 }
 
@@ -135,10 +140,15 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_no_bpffs() {
+    fn a_bpffs_that_is_not_mounted_will_be() {
         let directory = tempfile::tempdir().unwrap();
-        let finding = bpffs(directory.path());
-        assert_eq!((finding.level, finding.what.as_str()), (Level::Fail, "is no bpffs"));
-        assert_eq!(bpffs(&directory.path().join("none")).level, Level::Fail);
+        for path in [directory.path().to_owned(), directory.path().join("none")] {
+            let finding = bpffs(&path);
+            assert_eq!(finding.level, Level::Ok);
+            assert!(finding.what.contains("`gateway run` mounts one"), "{finding:?}");
+        }
+        let file = directory.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert_eq!(bpffs(&file.join("below")).level, Level::Fail);
     }
 }
