@@ -249,6 +249,8 @@ fn a_foreign_program_is_told_and_left_alone() {
     }
     let shown = lab.gateway().run(&["ip", "-d", "link", "show", "dev", EXTERNAL]).unwrap();
     assert!(shown.contains("lab_pass"), "{shown}");
+    // The firewall of a gateway that does not run would be in the way of others.
+    assert_eq!(lab.gateway().run(&["nft", "list", "tables"]).unwrap(), "");
     // The remedy works.
     lab.gateway().run(&["ip", "link", "set", "dev", EXTERNAL, "xdp", "off"]).unwrap();
     Gateway::start(&lab).unwrap().wait_ready(&lab).unwrap();
