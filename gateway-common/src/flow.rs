@@ -24,6 +24,13 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// Of packets with ports.
+    #[inline(always)]
+    pub const fn new(source: Ipv4, destination: Ipv4, ports: (Be16, Be16), protocol: u8) -> Self {
+        let ([a, b], [c, d]) = (ports.0.bytes, ports.1.bytes);
+        Self { source, destination, ports: u32::from_ne_bytes([a, b, c, d]), protocol }
+    }
+
     /// A 32-bit hash. Multiply and fold of 64-bit words, the shape of wyhash: two multiplications.
     #[inline(always)]
     pub const fn hash(&self) -> u32 {

@@ -191,6 +191,7 @@ outcomes! {
     115 SnatReplySource "snat_reply_source" Drop Suspect "Of a session, but from another node than its pod's.";
     116 SnatReplyOversize "snat_reply_oversize" Drop Notice "From a pod, translated, larger than the client's link takes, and may be fragmented.";
     117 SnatNoPort "snat_no_port" Drop Fault "The interface that the session's client is behind is absent.";
+    118 SnatSource "snat_source" Drop Suspect "From outside, with a source that no client has: a SNAT address, one that is not unicast, or a group's MAC address.";
 }
 
 impl Outcome {

@@ -184,55 +184,54 @@ impl Reverse {
     /// The key of the session's forward entry, for the entry under `key`.
     #[inline(always)]
     pub const fn forward_key(&self, key: &ReverseKey) -> ForwardKey {
-        ForwardKey {
-            client: self.client,
-            destination: self.destination,
-            client_port: self.client_port,
-            destination_port: self.destination_port,
-            protocol: key.protocol,
-            pad: 0,
-        }
+        let client = (self.client, self.client_port);
+        key.other_half(client, (self.destination, self.destination_port))
     }
 }
 
 impl ReverseKey {
+    /// The forward key of the same session, by its client and where that sends to.
+    #[inline(always)]
+    pub const fn other_half(&self, client: (Ipv4, Be16), destination: (Ipv4, Be16)) -> ForwardKey {
+        ForwardKey {
+            client: client.0,
+            destination: destination.0,
+            client_port: client.1,
+            destination_port: destination.1,
+            protocol: self.protocol,
+            pad: 0,
+        }
+    }
+
     /// A hash over the whole key; see [`Reverse::tag`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "IP protocol numbers have 8 bits")]
     pub const fn tag(&self) -> u32 {
-        Flow {
-            source: self.pod,
-            destination: self.address,
-            ports: u32::from_ne_bytes([
-                self.pod_port.bytes[0],
-                self.pod_port.bytes[1],
-                self.port.bytes[0],
-                self.port.bytes[1],
-            ]),
-            protocol: self.protocol as u8,
-        }
-        .hash()
-            ^ self.overlay as u32
+        let ports = (self.pod_port, self.port);
+        Flow::new(self.pod, self.address, ports, self.protocol as u8).hash() ^ self.overlay as u32
     }
 }
 
 impl ForwardKey {
+    /// The reverse key of the same session, by its pod and what that takes for the client.
+    #[inline(always)]
+    pub const fn other_half(&self, pod: (Ipv4, Be16), address: (Ipv4, Be16), overlay: u16) -> ReverseKey {
+        ReverseKey {
+            pod: pod.0,
+            address: address.0,
+            pod_port: pod.1,
+            port: address.1,
+            protocol: self.protocol,
+            overlay,
+        }
+    }
+
     /// The flow hash, which also spreads the flows over the tunnel's source ports; see [`Forward::tag`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "IP protocol numbers have 8 bits")]
     pub const fn tag(&self) -> u32 {
-        Flow {
-            source: self.client,
-            destination: self.destination,
-            ports: u32::from_ne_bytes([
-                self.client_port.bytes[0],
-                self.client_port.bytes[1],
-                self.destination_port.bytes[0],
-                self.destination_port.bytes[1],
-            ]),
-            protocol: self.protocol as u8,
-        }
-        .hash()
+        let ports = (self.client_port, self.destination_port);
+        Flow::new(self.client, self.destination, ports, self.protocol as u8).hash()
     }
 }
 
@@ -240,14 +239,8 @@ impl Forward {
     /// The key of the session's reverse entry, for the entry under `key`.
     #[inline(always)]
     pub const fn reverse_key(&self, key: &ForwardKey) -> ReverseKey {
-        ReverseKey {
-            pod: self.destination,
-            address: self.source,
-            pod_port: self.destination_port,
-            port: self.source_port,
-            protocol: key.protocol,
-            overlay: self.overlay,
-        }
+        let pod = (self.destination, self.destination_port);
+        key.other_half(pod, (self.source, self.source_port), self.overlay)
     }
 }
 

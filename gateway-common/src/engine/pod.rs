@@ -54,6 +54,10 @@ fn routed<'t, F: Frame, T: Tables>(
     if !packet.source.in_subnet(overlay.subnet, overlay.mask) {
         return Err(Verdict::drop(Outcome::ClientForeign));
     }
+    // Nobody has it: this would speak for a client of some session.
+    if tables.is_snat(packet.source) {
+        return Err(Verdict::drop(Outcome::SnatSource));
+    }
     route(frame, tables, packet, &found).map(Some)
 }
 

@@ -81,6 +81,13 @@ impl Ipv4 {
         let [first, ..] = self.octets;
         first != 0 && first < 224
     }
+
+    /// Whether a packet that a router gets may come from the address: routable, and not loopback (RFC 1812 section
+    /// 5.3.7).
+    #[inline(always)]
+    pub const fn is_source(self) -> bool {
+        self.is_routable() && self.octets[0] != 127
+    }
 }
 
 impl From<core::net::Ipv4Addr> for Ipv4 {

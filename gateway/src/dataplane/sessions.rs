@@ -135,7 +135,8 @@ pub struct Merged {
 /// so the union of both is its state.
 ///
 /// Userspace cannot compare-and-swap, so a packet that comes in the microseconds between reading and writing one entry may
-/// be forgotten. It costs no session: the next packet sets what it would have set.
+/// be forgotten. It costs no session: the next packet sets what it would have set. (The last FIN has no next packet; such a
+/// session ends by the timeout of established ones.)
 ///
 /// # Errors
 ///
@@ -214,6 +215,12 @@ fn union(a: &Reverse, b: &Reverse) -> State {
     state
 }
 
+/// What a forward entry says of a session in `state`: packets do not look at the state of what is confirmed, so nothing may
+/// be confirmed that still has to be established.
+fn confirmed(state: State, said: u16) -> u16 {
+    if state.phase() == Phase::Live && !state.any(State::RESET_CLIENT) { said } else { 0 }
+}
+
 fn update(
     to: &SessionTables,
     key: &ReverseKey,
@@ -232,7 +239,7 @@ fn update(
         && our_forward.reverse_key(&forward_key) == *key
     {
         let forward = Forward {
-            confirmed: our_forward.confirmed | their_forward.confirmed,
+            confirmed: confirmed(state, our_forward.confirmed | their_forward.confirmed),
             seen: later(our_forward.seen, their_forward.seen),
             ..our_forward
         };
@@ -332,6 +339,14 @@ mod tests {
         let reset = entry(Phase::Live, State::RESET_POD, 9);
         assert!(union(&reset, &entry(Phase::Live, 0, 8)).any(State::RESET_POD));
         assert!(!union(&reset, &entry(Phase::Live, 0, 10)).any(State::RESET_POD));
+    }
+
+    #[test]
+    fn only_what_is_established_is_confirmed() {
+        assert_eq!(confirmed(State::new(Phase::Live), 1), 1);
+        assert_eq!(confirmed(State::new(Phase::Live), 0), 0);
+        assert_eq!(confirmed(State::new(Phase::Live).with(State::RESET_CLIENT), 1), 0);
+        assert_eq!(confirmed(State::new(Phase::Opening), 1), 0, "its promotion was overwritten");
     }
 
     #[test]

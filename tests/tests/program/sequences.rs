@@ -123,7 +123,7 @@ fn variants(world: &World) -> Vec<(&'static str, World)> {
 const NOMADS: [Address; 2] = [[10, 244, 99, 5], [10, 244, 99, 6]];
 const CLIENTS: [Address; 5] =
     [world::FOREIGN, [198, 51, 100, 1], [198, 51, 100, 2], [198, 51, 100, 3], POOLED];
-const OTHERS: [Address; 4] = [TRUSTED, STRANGER, CLIENT, [198, 51, 100, 71]];
+const OTHERS: [Address; 5] = [TRUSTED, STRANGER, CLIENT, [198, 51, 100, 71], SNAT];
 const CLIENT_PORTS: [u16; 3] = [40_000, 40_001, 0];
 const POD_PORTS: [u16; 2] = [80, 53];
 /// A router between the gateway and its clients, and one in the cluster.

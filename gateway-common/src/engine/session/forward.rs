@@ -26,6 +26,10 @@ pub(in crate::engine) fn from_client<'t, F: Frame, T: Tables>(
 ) -> Result<Option<Target<'t>>, Verdict> {
     let config = tables.config();
     let last_hop = classify::last_hop(frame, config);
+    // Answers go there.
+    if last_hop.mac.is_group() {
+        return Err(Verdict::drop(Outcome::SnatSource));
+    }
     let mut segment = Segment::default();
     let mut key = ForwardKey::zeroed();
     let refused = match tuple::kind(frame, packet, Side::Client) {
@@ -34,7 +38,7 @@ pub(in crate::engine) fn from_client<'t, F: Frame, T: Tables>(
             key = tuple.forward_key();
             let tag = key.tag();
             if let Some(entry) = session(tables, &key, tag) {
-                refresh(tables, &entry, &key, &segment, last_hop)?;
+                refresh(tables, &entry, &key, tag, &segment, last_hop)?;
                 return target(tables, &entry, &key, tag, Outcome::SnatForward).map(Some);
             }
             None
@@ -63,6 +67,10 @@ pub(in crate::engine) fn from_client<'t, F: Frame, T: Tables>(
     }
     if let Some(reason) = refused {
         return Err(Verdict::drop(reason));
+    }
+    // Answers would reach others than who sent this.
+    if !packet.source.is_source() {
+        return Err(Verdict::drop(Outcome::SnatSource));
     }
     // The end of a connection that is forgotten opens no session.
     if segment.any(Segment::RST) {
@@ -101,6 +109,7 @@ fn refresh<T: Tables>(
     tables: &T,
     entry: &Shared<Forward>,
     key: &ForwardKey,
+    tag: u32,
     segment: &Segment,
     last_hop: LastHop,
 ) -> Result<(), Verdict> {
@@ -117,8 +126,7 @@ fn refresh<T: Tables>(
     let Some(reverse) = tables.reverse(&reverse_key) else {
         // Another CPU ended the session at this moment, and its forward entry may be a new session's by now; or the
         // tables lost the other half long ago. The client sends again.
-        if session(tables, key, key.tag()).is_some_and(|entry| now.wrapping_sub(entry.created()) >= LEFT_OVER)
-        {
+        if session(tables, key, tag).is_some_and(|entry| now.wrapping_sub(entry.created()) >= LEFT_OVER) {
             tables.remove_forward(key);
         }
         return Err(Verdict::drop(Outcome::SnatRace));
@@ -128,6 +136,9 @@ fn refresh<T: Tables>(
     }
     if moved {
         entry.set_last_hop(last_hop);
+    }
+    // By itself: an entry that is recycled at this moment gets another's, and its own back from its next packet.
+    if reverse.last_hop() != last_hop {
         reverse.set_last_hop(last_hop);
     }
     let state = reverse.state();
@@ -149,6 +160,10 @@ fn refresh<T: Tables>(
         }
     }
     entry.set_confirmed(u16::from(track::is_settled(new)));
+    if entry.tag() != tag {
+        // Recycled: its own packets look at the state again.
+        entry.set_confirmed(0);
+    }
     Ok(())
 }
 
@@ -181,15 +196,26 @@ fn target<'t, T: Tables>(
             return Err(Verdict::drop(Outcome::SnatPodGone));
         };
         if id != entry.vtep() {
-            if let Some(reverse) = tables.reverse(&entry.reverse_key(key)) {
+            let reverse_key = entry.reverse_key(key);
+            if let Some(reverse) = tables.reverse(&reverse_key)
+                && is_half_of(&reverse, &reverse_key, key)
+            {
+                // A reply puts it right if the entry is recycled at this moment.
                 reverse.set_vtep(id);
             }
             entry.set_vtep(id);
         }
         entry.set_generation(generation);
         vtep = tables.vtep(id).ok_or(Verdict::drop(Outcome::VtepMissing))?;
+        if entry.tag() != tag {
+            // Recycled: its own packets look for their pod again.
+            entry.set_generation(vtep.generation.wrapping_sub(1));
+        }
     }
     let rewrite = Rewrite::forward(entry);
+    if entry.tag() != tag {
+        return Err(Verdict::drop(Outcome::SnatRace));
+    }
     Ok(Target { overlay, vtep, hash: tag, outcome, translation: Some(rewrite) })
 }
 

@@ -32,6 +32,7 @@ use crate::abi::{Ticks, ticks};
 /// IP protocol numbers as they stand in keys.
 const ICMP: u16 = classify::ICMP as u16;
 const TCP: u16 = classify::TCP as u16;
+const UDP: u16 = classify::UDP as u16;
 
 /// How often a hit writes when it was.
 const TOUCH: Ticks = ticks(1);

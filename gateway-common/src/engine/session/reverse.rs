@@ -62,6 +62,9 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
         note(tables, &entry, &segment);
     }
     let rewrite = Rewrite::reverse(&entry);
+    if entry.tag() != key.tag() {
+        return Err(Verdict::drop(Outcome::SnatRace));
+    }
     let link = Ethernet { dst: hop.mac, src: port.mac, kind: EtherType::IPV4 };
     let outward = Outward { link: &link, vlan: hop.vlan(), ecn: arrived.ecn };
     let at = emit::to_outside(frame, packet.at, outward)
@@ -94,7 +97,7 @@ fn refuse<T: Tables>(tables: &T, packet: Packet, reason: Outcome) -> Result<(), 
 }
 
 /// A session's packets come from the node of its pod; if that moved, the pod's table knows. An ICMP error may come from
-/// a node or a router on the way, but only from a node that routes its source.
+/// a router on that node too, but not from what another node routes: its pods could reset whatever they guess.
 #[inline(always)]
 fn check_sender<T: Tables>(
     tables: &T,
@@ -109,8 +112,10 @@ fn check_sender<T: Tables>(
         return Err(Verdict::drop(Outcome::SnatReplySource));
     };
     let is_packet = outcome == Outcome::SnatReply;
-    if is_packet && entry.vtep() == vtep {
-        return Ok(());
+    match (entry.vtep() == vtep, is_packet) {
+        (true, true) => return Ok(()),
+        (false, false) => return Err(Verdict::drop(Outcome::SnatReplySource)),
+        _ => {}
     }
     match tables.route(arrived.id, arrived.packet.source) {
         Some(route) if route.vtep == vtep => {

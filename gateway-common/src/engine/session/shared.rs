@@ -156,14 +156,8 @@ impl Shared<Reverse> {
     /// [`Reverse::forward_key`].
     #[inline(always)]
     pub fn forward_key(&self, key: &ReverseKey) -> ForwardKey {
-        ForwardKey {
-            client: self.client(),
-            destination: self.destination(),
-            client_port: self.client_port(),
-            destination_port: self.destination_port(),
-            protocol: key.protocol,
-            pad: 0,
-        }
+        let client = (self.client(), self.client_port());
+        key.other_half(client, (self.destination(), self.destination_port()))
     }
 }
 
@@ -171,13 +165,7 @@ impl Shared<Forward> {
     /// [`Forward::reverse_key`].
     #[inline(always)]
     pub fn reverse_key(&self, key: &ForwardKey) -> ReverseKey {
-        ReverseKey {
-            pod: self.destination(),
-            address: self.source(),
-            pod_port: self.destination_port(),
-            port: self.source_port(),
-            protocol: key.protocol,
-            overlay: self.overlay(),
-        }
+        let pod = (self.destination(), self.destination_port());
+        key.other_half(pod, (self.source(), self.source_port()), self.overlay())
     }
 }

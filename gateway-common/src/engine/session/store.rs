@@ -6,7 +6,7 @@
 //!   reverse entry last. Nobody removes a session that another one claims or removes.
 //! - A slot is taken before the port, from its former occupant if need be.
 
-use super::{ICMP, Inserted, Shared};
+use super::{ICMP, Inserted, Shared, UDP};
 use crate::{
     abi::{
         Config, Forward, ForwardKey, LastHop, Outcome, Phase, Reverse, ReverseKey, SessionEvent, SnatRule,
@@ -28,6 +28,8 @@ const SEARCH: u32 = 4 * STEPS;
 /// Ports that may stand in for a client's: all but the system ports (RFC 6335 section 6).
 const PORT_MIN: u16 = 1024;
 const PORT_COUNT: u64 = 65_536 - PORT_MIN as u64;
+/// For 2^6 ticks (1.07 s) the same ports are tried.
+const EPOCH_SHIFT: u32 = 6;
 
 /// Room for opening a session. The kernel keeps it outside the stack.
 #[repr(C)]
@@ -128,7 +130,7 @@ fn transport_delta(opening: &Opening, key: &ReverseKey) -> u16 {
 }
 
 /// Claims a port: the client's own if it is free, else one of [`PROBES`] others. Expired sessions in the way are
-/// removed; if all ports are taken, so is the oldest session that is not established.
+/// removed; if all ports are taken, so is the oldest session that may be evicted.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "overlay ids are below MAX_OVERLAYS")]
 fn claim<T: Tables>(tables: &T, rule: &SnatRule, opening: &mut Opening) {
@@ -219,13 +221,18 @@ fn candidate(config: &Config, rule: &SnatRule, opening: &Opening, probe: u32) ->
     if probe == 0 && opening.key.client_port != Be16::default() {
         return (address, opening.key.client_port);
     }
-    let mixed = (u64::from(opening.tag) ^ u64::from(probe) << 32).wrapping_mul(0xa076_1d64_78bd_642f);
+    // Others a second later: who finds none free, or finds them held on purpose, sends again.
+    let seed = opening.tag ^ opening.now >> EPOCH_SHIFT;
+    let mixed = (u64::from(seed) ^ u64::from(probe) << 32).wrapping_mul(0xa076_1d64_78bd_642f);
     let port = (((mixed >> 32) * PORT_COUNT) >> 32) as u16 + PORT_MIN;
     (address, Be16::new(port))
 }
 
 /// Removes the session under `opening.reverse`, whose slot or port is needed, if that is allowed: it is expired, or
-/// `evicts` and not established. Otherwise notes it as a victim called `index`, if it might be evicted.
+/// `evicts` and it is not established. Otherwise notes it as a victim called `index`, if it might be evicted.
+///
+/// Established UDP that has been quiet for longer than UDP may be before it is established counts as the youngest of
+/// those that are not: two forged packets and one answer establish it. (Opening and removing a session take no such time.)
 #[inline(always)]
 fn clear<T: Tables>(
     tables: &T,
@@ -237,14 +244,16 @@ fn clear<T: Tables>(
     let state = occupant.state();
     opening.peer = occupant.forward_key(&opening.reverse);
     let idle = idle(tables, occupant, state, &opening.peer, opening.now);
-    let event = if idle > tables.config().timeouts.of(opening.reverse.protocol, state) {
+    let (protocol, timeouts) = (opening.reverse.protocol, &tables.config().timeouts);
+    let is_opening = state.phase() == Phase::Opening;
+    let event = if idle > timeouts.of(protocol, state) {
         SessionEvent::Reclaimed
-    } else if state.phase() != Phase::Opening {
+    } else if !is_opening && (protocol != UDP || idle <= timeouts.udp_opening) {
         return false;
     } else if evicts {
         SessionEvent::Evicted
     } else {
-        opening.victim.consider(index, idle);
+        opening.victim.consider(index, if is_opening { idle } else { 0 });
         return false;
     };
     remove(tables, &opening.reverse, &opening.peer, occupant, state, event)

@@ -1,16 +1,18 @@
 //! The life of a session, packet by packet: pure functions from state to state.
 //!
-//! A session is established when its client has proved to be there: TCP by acknowledging what the pod sent, UDP and
-//! echo by going on after an answer. Whoever only forges sources cannot do the first, and so never holds a slot.
+//! A session is established when its client has proved to be there: TCP by acknowledging what the pod sent, UDP by
+//! going on after an answer. Whoever only forges sources cannot do the first, and so never holds a slot. The second
+//! proves little, so UDP holds its slot only while it goes on ([`store`](super::store)). Echo proves nothing and loses
+//! nothing: the next request opens a session like the last one.
 
-use super::{TCP, tuple::Segment};
+use super::{TCP, UDP, tuple::Segment};
 use crate::abi::{Phase, State};
 
 /// After a packet of the client.
 #[inline(always)]
 pub(super) const fn by_client(state: State, protocol: u16, segment: &Segment) -> State {
     if protocol != TCP {
-        return if state.any(State::REPLIED) { established(state) } else { state };
+        return if protocol == UDP && state.any(State::REPLIED) { established(state) } else { state };
     }
     if segment.any(Segment::RST) {
         return state.with(State::RESET_CLIENT);
@@ -68,9 +70,7 @@ pub(super) const fn is_settled(state: State) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::classify;
-
-    const UDP: u16 = classify::UDP as u16;
+    use crate::engine::session::ICMP;
 
     const OPENING: State = State::new(Phase::Opening);
 
@@ -157,6 +157,12 @@ mod tests {
         let answered = by_pod(OPENING, UDP, &none);
         assert_eq!(answered.phase(), Phase::Opening);
         assert_eq!(by_client(answered, UDP, &none).phase(), Phase::Live);
+    }
+
+    #[test]
+    fn echo_is_never_confirmed() {
+        let answered = by_pod(OPENING, ICMP, &Segment::default());
+        assert_eq!(by_client(answered, ICMP, &Segment::default()), answered);
     }
 
     #[test]

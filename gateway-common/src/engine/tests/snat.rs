@@ -220,7 +220,7 @@ proptest! {
         let [b, c, d] = client.1;
         let client = [client.0, b, c, d];
         let tables = tables();
-        prop_assume!(!tables.config.is_own(Ipv4::new(client)));
+        prop_assume!(!tables.config.is_own(Ipv4::new(client)) && Ipv4::new(client).is_source());
         // So that a port is taken, and both address and port change.
         for source in [[203, 0, 113, 99], client] {
             let (request, reply): (Transport, fn(u16, u16) -> Transport) = match which {
@@ -746,4 +746,145 @@ fn snat_addresses_seen_from_outside() {
     };
     assert_eq!(outcome(&tables, &arp(SNAT)), Outcome::ArpReply);
     assert_eq!(outcome(&tables, &arp(CLIENT)), Outcome::ArpOther);
+}
+
+/// RFC 1812 section 5.3.7: such packets are forged, and their answers would reach others.
+#[rstest::rstest]
+#[case::this_network([0, 1, 2, 3])]
+#[case::loopback([127, 0, 0, 1])]
+#[case::multicast([224, 0, 0, 1])]
+#[case::broadcast([255; 4])]
+fn a_source_that_no_host_has_opens_nothing(#[case] source: [u8; 4]) {
+    let tables = tables();
+    for transport in
+        [Transport::Udp(5555, 53), Transport::Tcp(5555, 80, SYN, 1, 0), Transport::EchoRequest(1)]
+    {
+        let frame = from_client(&packet(source, POD, 64, transport, b""));
+        assert_eq!(outcome(&tables, &frame), Outcome::SnatSource);
+    }
+    assert!(tables.sessions.reverse.borrow().is_empty());
+}
+
+/// Whoever sends with a SNAT address would speak for the client that has its port.
+#[test]
+fn a_snat_address_sends_nothing_from_outside() {
+    let tables = tables();
+    connect(&tables, FOREIGN, 5555);
+    let forged = packet(SNAT, POD, 64, Transport::Tcp(5555, 80, RST, 101, 501), b"");
+    assert_eq!(outcome(&tables, &from_client(&forged)), Outcome::SnatSource);
+    // Also where nobody is translated any more, and a session drains.
+    let mut tables = tables;
+    tables.config.snat_rule_count = 0;
+    assert_eq!(fixture_outcome(&tables, &from_client(&forged)), Outcome::SnatSource);
+    // Beside them there are clients.
+    let own = packet(CLIENT, POD, 64, Transport::Udp(1, 2), b"");
+    assert_eq!(fixture_outcome(&tables, &from_client(&own)), Outcome::Encap);
+}
+
+/// Answers are sent to one station.
+#[test]
+fn a_group_as_last_hop_is_refused() {
+    let tables = tables();
+    let syn = packet(FOREIGN, POD, 64, Transport::Tcp(5555, 80, SYN, 1, 0), b"");
+    for group in [[0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
+        let frame = ethernet(NIC, group, 0x0800, &syn);
+        assert_eq!(outcome(&tables, &frame), Outcome::SnatSource, "it opens no session");
+    }
+    sent(&tables, &from_client(&syn), Outcome::SnatNew);
+    let frame = ethernet(NIC, [0xff; 6], 0x0800, &syn);
+    assert_eq!(outcome(&tables, &frame), Outcome::SnatSource, "nor does a session move there");
+    sent(&tables, &tcp_reply(5555, SYN | ACK, 500, 2), Outcome::SnatReply);
+}
+
+/// A pod elsewhere knows, or guesses, addresses and ports of a session.
+#[test]
+fn errors_about_a_session_come_from_its_pods_node() {
+    let tables = tables();
+    connect(&tables, FOREIGN, 5555);
+    let about = packet(SNAT, POD, 63, Transport::Tcp(5555, 80, ACK, 101, 501), b"");
+    let kind = Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
+    let by = |source| error(source, SNAT, 64, kind.clone(), &about[..28]);
+    for source in [OTHER_POD, POD] {
+        assert_eq!(outcome(&tables, &from_pod(OTHER_NODE, &by(source))), Outcome::SnatReplySource);
+    }
+    sent(&tables, &from_pod(NODE, &by(POD)), Outcome::SnatErrorReply);
+}
+
+/// Whoever forges sources can go on after an answer that he never sees.
+#[test]
+fn echo_never_keeps_a_new_client_out() {
+    let mut tables = tables();
+    tables.config.session_slots = 8;
+    for id in 1..=200 {
+        wait(&tables, 1);
+        let request = from_client(&packet(client(7), POD, 64, Transport::EchoRequest(id), b""));
+        sent(&tables, &request, Outcome::SnatNew);
+        sent(
+            &tables,
+            &from_pod(NODE, &packet(POD, SNAT, 64, Transport::EchoReply(id), b"")),
+            Outcome::SnatReply,
+        );
+        sent(&tables, &request, Outcome::SnatForward);
+    }
+    assert!(events(&tables, SessionEvent::Evicted) >= 192);
+    assert_consistent(&tables);
+}
+
+/// Opens a UDP session whose port is kept, and goes on after an answer.
+fn converse(tables: &HostTables, client: [u8; 4], port: u16) {
+    let request = from_client(&packet(client, POD, 64, Transport::Udp(port, 53), b"q"));
+    let reply = from_pod(NODE, &packet(POD, SNAT, 64, Transport::Udp(53, port), b"a"));
+    sent(tables, &request, Outcome::SnatNew);
+    sent(tables, &reply, Outcome::SnatReply);
+    sent(tables, &request, Outcome::SnatForward);
+}
+
+#[test]
+fn quiet_udp_gives_way_when_nothing_else_can() {
+    let mut tables = tables();
+    tables.config.session_slots = 7;
+    connect(&tables, client(1), 1001);
+    for number in 2..8 {
+        converse(&tables, client(number), 1000 + u16::from(number));
+    }
+    wait(&tables, ticks(30));
+    assert_eq!(outcome(&tables, &tcp(client(20), 4000, SYN, 1, 0)), Outcome::SnatTableFull);
+    wait(&tables, 1);
+    // One goes on, one half-open session comes in the place of another: that is taken before any UDP.
+    let going_on = from_client(&packet(client(2), POD, 64, Transport::Udp(1002, 53), b"q"));
+    sent(&tables, &going_on, Outcome::SnatForward);
+    sent(&tables, &tcp(client(20), 4000, SYN, 1, 0), Outcome::SnatNew);
+    wait(&tables, 1);
+    sent(&tables, &tcp(client(21), 4001, SYN, 1, 0), Outcome::SnatNew);
+    let clients: Vec<_> = tables.sessions.forward.borrow().keys().map(|key| key.client.octets[3]).collect();
+    assert_eq!(clients.len(), 7);
+    assert!(clients.contains(&1) && clients.contains(&2) && clients.contains(&21), "{clients:?}");
+    assert!(!clients.contains(&20), "{clients:?}");
+    assert_consistent(&tables);
+}
+
+/// All ports that a flow would try are taken; a second later it tries others.
+#[test]
+fn who_finds_no_port_tries_others_when_he_sends_again() {
+    let mut tables = tables();
+    tables.config.session_slots = 1 << 10;
+    let syn = tcp(FOREIGN, 5555, SYN, 1, 0);
+    let mut taken = 0;
+    while outcome(&tables, &syn) == Outcome::SnatNew {
+        taken += 1;
+        // Somebody else's from now on, and established.
+        let sessions = &tables.sessions;
+        sessions.forward.borrow_mut().clear();
+        for (key, entry) in sessions.reverse.borrow().iter() {
+            assert!(
+                entry.state().phase() == Phase::Live
+                    || entry.exchange(entry.state(), State::new(Phase::Live))
+            );
+            assert_eq!(key.address, Ipv4::new(SNAT));
+        }
+    }
+    assert_eq!(taken, 17, "the client's own port and 16 more");
+    assert_eq!(outcome(&tables, &syn), Outcome::SnatPortsExhausted);
+    wait(&tables, ticks(2));
+    sent(&tables, &syn, Outcome::SnatNew);
 }

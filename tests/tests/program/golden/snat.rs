@@ -251,6 +251,16 @@ pub(super) fn errors(world: &World) -> Vec<Case> {
         Outcome::SnatErrorUnrelated,
         world.client_link().ip(&Ip::error(FOREIGN, port.clone(), &quiet, 28)),
     ));
+    // A pod of another node about somebody else's session.
+    let (open, about) = [FOREIGN, SNAT].map(|source| Ip::udp(source, pod(PLAIN), (6902, 53), b"")).into();
+    cases.push(
+        Case::drop(
+            "snat-error-of-another-node",
+            Outcome::SnatReplySource,
+            FromNode::new(world, TAGGED, &Ip::error(pod(TAGGED), port.clone(), &about.hop(), 28)).bytes(),
+        )
+        .after([world.client_link().ip(&open)]),
+    );
     let quiet = Ip::udp(SNAT, pod(PLAIN), (6901, 53), b"");
     cases.push(Case::drop(
         "snat-error-of-pod-unrelated",
@@ -302,6 +312,13 @@ pub(super) fn refused_clients(world: &World) -> Vec<Case> {
             Outcome::TooBigReply,
             link.ip(&Ip { dont_fragment: true, ..large.clone() }),
             client_side(world).ip(&Ip::too_big(rig::GATEWAY, &Ip { dont_fragment: true, ..large }, 1450)),
+        ),
+        drop("of-a-snat-address", Outcome::SnatSource, &Ip { source: SNAT, ..udp(PLAIN, 7009) }),
+        drop("of-a-drained-address", Outcome::SnatSource, &Ip { source: DRAINED, ..udp(PLAIN, 7009) }),
+        Case::drop(
+            "snat-of-a-group",
+            Outcome::SnatSource,
+            Link { source: Mac::BROADCAST, ..link }.ip(&udp(PLAIN, 7010)),
         ),
         // Not to a pod: none of the rules' business.
         Case::pass(
