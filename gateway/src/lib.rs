@@ -10,6 +10,7 @@
 //! - [`dataplane`]: the BPF object: load, pin, attach, and the reconciler that makes the maps equal to the plan.
 //! - [`sessions`]: translated connections for people: states, filters, counts.
 //! - [`daemon`]: the loop that joins them, and the state that it publishes.
+//! - [`metrics`]: all that is counted and measured, for Prometheus.
 //! - [`cli`]: one file for each verb.
 
 pub mod cli;
@@ -18,6 +19,7 @@ pub mod config;
 pub mod daemon;
 pub mod dataplane;
 pub mod kernel;
+pub mod metrics;
 pub mod modes;
 pub mod plan;
 pub mod sessions;

@@ -15,7 +15,7 @@ mod validate;
 
 use std::{
     fmt, fs,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -52,6 +52,8 @@ pub struct Config {
     pub flannel: FlannelSettings,
     /// What may be changed on this host besides what is the gateway's own.
     pub host: HostSettings,
+    /// What is told to Prometheus.
+    pub metrics: MetricsSettings,
 }
 
 /// Where cluster objects come from.
@@ -201,6 +203,13 @@ pub struct Datapath {
 pub struct HostSettings {
     /// The daemon sets the kernel settings of its interfaces that forwarding needs.
     pub manage_sysctl: bool,
+}
+
+/// What is told to Prometheus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetricsSettings {
+    /// Where; `None` for nowhere.
+    pub listen: Option<SocketAddr>,
 }
 
 /// How the gateway is made known to flannel.

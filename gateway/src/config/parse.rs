@@ -1,6 +1,9 @@
 //! The keys of the configuration file, their defaults, and what each of them may be.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
 
 use clap::ValueEnum;
 use gateway_common::{
@@ -12,7 +15,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::{
     Config, Datapath, DatapathLog, DontFragment, ExtraSource, FlannelSettings, HostSettings, Interface,
-    Overlay, Overrides, Problems, Source, SourceCheck, XdpMode,
+    MetricsSettings, Overlay, Overrides, Problems, Source, SourceCheck, XdpMode,
     reader::{Located, Parse, Report, Section, convert, kind},
     snat, validate,
 };
@@ -114,6 +117,7 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
     let datapath = read_datapath(root.section("datapath"), overrides);
     let flannel = read_flannel(root.section("flannel"), source.as_ref(), &report);
     let host = read_host(root.section("host"));
+    let metrics = read_metrics(root.section("metrics"));
     root.finish();
 
     validate::interfaces(&report, interfaces.as_deref());
@@ -131,6 +135,7 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
             datapath: datapath?,
             flannel: flannel?,
             host: host?,
+            metrics: metrics?,
         })
     })();
     match config {
@@ -369,6 +374,12 @@ fn read_host(mut section: Section<'_>) -> Option<HostSettings> {
     Some(HostSettings { manage_sysctl: manage_sysctl?.value })
 }
 
+fn read_metrics(mut section: Section<'_>) -> Option<MetricsSettings> {
+    let listen = read_optional(&mut section, "listen", LISTEN);
+    section.finish();
+    Some(MetricsSettings { listen: listen.settle(|listen| listen)? })
+}
+
 /// An absent key has its default. `None` if it is wrong.
 pub(super) fn read_or<T>(
     section: &mut Section<'_>,
@@ -411,6 +422,16 @@ pub(super) fn integer<T: TryFrom<i64>>(value: &DeValue<'_>, min: i64, max: i64) 
 const BOOLEAN: Parse<bool> = Parse {
     expected: "true or false",
     parse: |value| value.as_bool().ok_or_else(|| format!("is {}", kind(value))),
+};
+
+const LISTEN: Parse<SocketAddr> = Parse {
+    expected: "an address of this host and a port, such as \"127.0.0.1:9472\"",
+    parse: |value| {
+        let text = text(value)?;
+        let wrong = || format!("is {text:?}");
+        let listen: SocketAddr = text.parse().map_err(|_| wrong())?;
+        if listen.port() == 0 { Err(wrong()) } else { Ok(listen) }
+    },
 };
 
 const INSTANCE: Parse<String> = Parse {

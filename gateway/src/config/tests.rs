@@ -94,6 +94,7 @@ fn the_sample_is_valid_and_means_what_it_says() {
             },
             flannel: FlannelSettings { register: false, heartbeat: false, node: "gateway".into() },
             host: HostSettings { manage_sysctl: true },
+            metrics: MetricsSettings { listen: None },
         }
     );
 }
@@ -131,6 +132,7 @@ fn the_sample_documents_the_defaults() {
     // The keys of which the sample says that they have no default.
     expected.interfaces[1].vlan = Some(100);
     expected.overlays[0].network = Some("10.244.0.0/16".parse().unwrap());
+    expected.metrics.listen = Some("127.0.0.1:9472".parse().unwrap());
     assert_eq!(parse(&written_out).unwrap(), expected);
 }
 
@@ -245,6 +247,12 @@ bpffs = "relative"
 )]
 #[case::hexadecimal_vni_too_large("ttl", "vni = 0x1000000", "is the number 0x1000000")]
 #[case::number_beyond_64_bits("ttl", "vni = 99999999999999999999", "99999999999999999999")]
+#[case::metrics_nowhere(
+    "ttl",
+    "[metrics]\nlisten = \"9472\"",
+    "is \"9472\"; write an address of this host and a port"
+)]
+#[case::metrics_anywhere("ttl", "[metrics]\nlisten = \"127.0.0.1:0\"", "is \"127.0.0.1:0\"")]
 fn what_is_wrong_is_said(#[case] from: &str, #[case] to: &str, #[case] expected: &str) {
     // A key to add stands for the end of the overlay's table.
     let text = if from == "ttl" { format!("{MINIMAL}{to}\n") } else { MINIMAL.replacen(from, to, 1) };

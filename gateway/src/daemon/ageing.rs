@@ -34,9 +34,9 @@ const SHORT_REST: u32 = 4;
 
 /// What a walk found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Walk {
+pub(crate) struct Walk {
     /// Sessions that were there.
-    pub(super) sessions: Sessions,
+    pub(crate) sessions: Sessions,
     /// What kept it from its work, for people.
     pub(super) fault: Option<String>,
 }
@@ -83,6 +83,11 @@ impl Ageing {
             // The thread goes only with this.
             let _ = self.pods.send(pods);
         }
+    }
+
+    /// For others that want to know what the last walk found.
+    pub(super) fn walks(&self) -> watch::Receiver<Walk> {
+        self.walks.clone()
     }
 
     /// Waits for the next walk.

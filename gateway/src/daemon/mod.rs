@@ -22,15 +22,17 @@ use anyhow::Context as _;
 use gateway_common::abi::{self, OverlayAddress, VtepFlags, VtepSlot};
 use rtnetlink::Handle;
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
     time::{MissedTickBehavior, interval, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+pub(crate) use self::ageing::Walk;
 pub use self::problems::ProblemReport;
 use self::{
-    ageing::{Ageing, Walk},
+    ageing::Ageing,
     chores::{Chore, Chores},
     interfaces::{Finished, Interfaces},
     problems::{Part, Problems},
@@ -59,6 +61,7 @@ use crate::{
         netlink::{self, Subscription},
         underlay::{NextHop, Path, ReadyHop, Underlay},
     },
+    metrics,
     plan::{Changes, Planner, VtepKey, VtepSpec},
     sessions::census::{self, Census},
 };
@@ -193,6 +196,8 @@ pub struct Daemon {
     hops: BTreeMap<VtepKey, NextHop>,
     slots: BTreeMap<VtepKey, VtepSlot>,
     problems: Problems,
+    /// The last report, for whoever wants it.
+    published: watch::Sender<Option<Arc<Report>>>,
     started: u64,
     last_event: Option<u64>,
     /// Of a source that knows it.
@@ -250,6 +255,7 @@ impl Daemon {
             hops: BTreeMap::new(),
             slots: BTreeMap::new(),
             problems: Problems::default(),
+            published: watch::Sender::default(),
             started: now(),
             last_event: None,
             health: None,
@@ -310,6 +316,7 @@ impl Daemon {
                 tokio::spawn(kubernetes::watch(link, config, Timing::default(), sender, problems, health))
             }
         };
+        let metrics = self.serve_metrics(&ageing)?;
         let mut verify = interval(VERIFY_INTERVAL);
         verify.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut publish = interval(REPORT_INTERVAL);
@@ -390,8 +397,8 @@ impl Daemon {
             }
         }
         watcher.abort();
-        if let Some(announcer) = announcer {
-            announcer.abort();
+        for task in [announcer, metrics].into_iter().flatten() {
+            task.abort();
         }
         self.publish();
         info!("stopping; the datapath keeps forwarding (`gateway detach` removes it)");
@@ -405,6 +412,18 @@ impl Daemon {
         let tables = SessionTables::open(pins)?;
         Ageing::start(tables, self.programs.loader(), &constants, &self.config.snat)
             .context("cannot start the thread that ages sessions")
+    }
+
+    /// Starts the page of metrics, if it is wanted.
+    fn serve_metrics(&self, ageing: &Ageing) -> anyhow::Result<Option<JoinHandle<()>>> {
+        let Some(listen) = self.config.metrics.listen else { return Ok(None) };
+        let sources = metrics::Sources {
+            tables: Tables::open(self.programs.pins())?,
+            walks: ageing.walks(),
+            report: self.published.subscribe(),
+            health: self.health.clone(),
+        };
+        Ok(Some(tokio::spawn(metrics::serve(listen, sources, self.problems.source()))))
     }
 
     /// Notes what was found among the sessions; tells whether addresses have drained.
@@ -812,6 +831,9 @@ impl Daemon {
         };
         if let Err(error) = report.write() {
             error!("{error:#}");
+        }
+        if self.published.receiver_count() > 0 {
+            self.published.send_replace(Some(Arc::new(report)));
         }
     }
 

@@ -162,6 +162,20 @@ impl<K: Pod + Ord, V: Pod> Table<K, V> {
         Ok(entries.into_iter().collect())
     }
 
+    /// How many entries there are; of an array all.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel said.
+    pub fn count(&self) -> Result<u64, TableError> {
+        let mut count = 0;
+        self.each_batch(|keys, _| {
+            count += keys.len() as u64;
+            Ok::<_, TableError>(())
+        })?;
+        Ok(count)
+    }
+
     /// Writes entries, in order; each is replaced whole.
     ///
     /// # Errors

@@ -3,8 +3,8 @@
 use std::{net::Ipv4Addr, path::Path, process::Command};
 
 use gateway::config::{
-    Config, Datapath, DatapathLog, DontFragment, FlannelSettings, HostSettings, Interface, Overlay, Snat,
-    SnatAction, SnatPool, SnatRule, Source, SourceCheck, XdpMode,
+    Config, Datapath, DatapathLog, DontFragment, FlannelSettings, HostSettings, Interface, MetricsSettings,
+    Overlay, Snat, SnatAction, SnatPool, SnatRule, Source, SourceCheck, XdpMode,
 };
 use gateway_common::{
     abi::{Roles, Timeouts},
@@ -73,6 +73,7 @@ pub(crate) fn config(bpffs: &Path) -> Config {
         },
         flannel: FlannelSettings { register: false, heartbeat: false, node: "gateway".into() },
         host: HostSettings { manage_sysctl: true },
+        metrics: MetricsSettings { listen: None },
     }
 }
 
