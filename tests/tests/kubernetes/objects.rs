@@ -30,6 +30,7 @@ name = "flannel"
 local = "198.19.255.254"
 mac = "0e:ff:00:00:00:01"
 subnet = "198.18.255.0/24"
+network = "198.18.0.0/16"
 annotation_prefix = "{PREFIX}"
 "#
     );

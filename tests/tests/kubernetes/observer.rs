@@ -138,10 +138,11 @@ impl Observer {
         Self::with(subject, Link::new(subject.access()), TIMING)
     }
 
-    /// With flannel's own annotations.
+    /// With flannel's own annotations, and whatever network its configuration has.
     pub(crate) fn of_flannel(subject: &Subject) -> Self {
         let mut config = config(subject.access());
         "flannel.alpha.coreos.com/".clone_into(&mut config.overlays[0].annotation_prefix);
+        config.overlays[0].network = None;
         Self::of(config, Link::new(subject.access()), TIMING)
     }
 
