@@ -8,7 +8,7 @@ use super::{
     too_big,
 };
 use crate::{
-    abi::{Outcome, OverlayFlags, Vtep, VtepFlags},
+    abi::{Outcome, OverlayAddress, OverlayFlags, PrefixKey, Vtep, VtepFlags},
     flow::Flow,
     wire::Ipv4,
 };
@@ -74,10 +74,15 @@ pub(super) struct Found {
 #[inline(always)]
 pub(super) fn find<T: Tables>(tables: &T, address: Ipv4) -> Option<Found> {
     for (overlay, _) in tables.config().overlays() {
-        if let Some(route) = tables.route(overlay, address) {
-            // A mistaken pod CIDR must not take this host off the network.
-            return if tables.is_kernels(address) { None } else { Some(Found { overlay, vtep: route.vtep }) };
-        }
+        // The plan gives no pod an address of this host, but a mistaken pod CIDR must not take it off the network.
+        let (route, is_ours) = match tables.pod(&OverlayAddress { overlay, address }) {
+            Some(route) => (route, tables.config().is_in_local_prefix(address)),
+            None => match tables.prefix(PrefixKey { overlay, address }) {
+                Some(route) => (route, tables.is_kernels(address)),
+                None => continue,
+            },
+        };
+        return if is_ours { None } else { Some(Found { overlay, vtep: route.vtep }) };
     }
     None
 }

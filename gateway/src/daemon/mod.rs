@@ -553,7 +553,7 @@ impl Daemon {
         }
         if host || verify {
             self.apply_host_tables();
-            changes.merge(self.planner.set_lans(&self.host.lans(&self.config)));
+            changes.merge(self.planner.set_surroundings(self.host.surroundings(&self.config)));
         }
         if neighbours {
             if let Err(error) = self.underlay.resync().await {

@@ -26,7 +26,7 @@ use rtnetlink::{
 use super::{local, netlink::NetlinkError};
 use crate::{
     config::{Config, Snat},
-    plan::Lan,
+    plan::{Lan, Surroundings},
 };
 
 /// A network device.
@@ -186,14 +186,17 @@ impl Host {
             .fold(Roles::NONE, |roles, interface| roles.with(interface.roles))
     }
 
-    /// Networks on the links of interfaces with a role.
-    pub fn lans(&self, config: &Config) -> BTreeSet<Lan> {
+    /// What the plan depends on: networks on the links of interfaces with a role, and what the kernel takes for itself.
+    pub fn surroundings(&self, config: &Config) -> Surroundings {
         let lan = |(network, index): &(Ipv4Net, u32)| {
             let link = self.links.get(index)?;
             let lan = || Lan { network: *network, interface: link.name.as_str().into() };
             (self.roles(config, link) != Roles::NONE).then(lan)
         };
-        self.networks.iter().filter_map(lan).collect()
+        Surroundings {
+            lans: self.networks.iter().filter_map(lan).collect(),
+            own: self.owned().map(|(address, _)| address).collect(),
+        }
     }
 
     /// The address from which clients behind `port` get ICMP errors: the primary one of the device itself, or where

@@ -48,6 +48,16 @@ impl Lan {
     }
 }
 
+/// What of this host the plan depends on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Networks on the links of its interfaces.
+    pub lans: BTreeSet<Lan>,
+    /// Addresses that its kernel takes for itself: no pods, whatever is said of them. The XDP program relies on that for
+    /// exact pods.
+    pub own: BTreeSet<Ipv4Addr>,
+}
+
 /// How a node is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VtepSpec {

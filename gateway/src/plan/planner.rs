@@ -9,7 +9,7 @@ use std::{
 use ipnet::Ipv4Net;
 
 use super::{
-    Changes, Desired, Lan, OverlayId, VtepKey,
+    Changes, Desired, Lan, OverlayId, Surroundings, VtepKey,
     nodes::{Membership, Nodes, Touched},
     pods::{Claimant, Pods},
 };
@@ -30,8 +30,7 @@ pub struct Planner {
     pods: Pods,
     /// Pods whose address is not one that their node's flannel gives out.
     misplaced: BTreeSet<PodRef>,
-    /// Networks on this host's links.
-    lans: BTreeSet<Lan>,
+    surroundings: Surroundings,
     desired: Desired,
     /// What the listing under way has named so far.
     listed: Option<HashSet<ObjectRef>>,
@@ -49,7 +48,7 @@ impl Planner {
             overlays,
             pods: Pods::default(),
             misplaced: BTreeSet::new(),
-            lans: BTreeSet::new(),
+            surroundings: Surroundings::default(),
             desired: Desired::default(),
             listed: None,
             synced: false,
@@ -84,23 +83,25 @@ impl Planner {
         }
     }
 
-    /// Takes the networks on the links of this host's interfaces; returns the keys whose goal is another one now. Costs
-    /// work in proportion to the pods if they changed.
-    pub fn set_lans(&mut self, lans: &BTreeSet<Lan>) -> Changes {
-        if self.lans == *lans {
+    /// Takes what this host is connected to; returns the keys whose goal is another one now. Costs work in proportion to
+    /// the pods if that changed.
+    pub fn set_surroundings(&mut self, now: Surroundings) -> Changes {
+        if self.surroundings == now {
             return Changes::default();
         }
-        let changed: Vec<Lan> = self.lans.symmetric_difference(lans).cloned().collect();
-        self.lans.clone_from(lans);
+        let before = std::mem::replace(&mut self.surroundings, now);
+        let now = &self.surroundings;
+        let lans: Vec<Ipv4Net> = before.lans.symmetric_difference(&now.lans).map(|lan| lan.network).collect();
+        let own: BTreeSet<Ipv4Addr> = before.own.symmetric_difference(&now.own).copied().collect();
         let mut changes = Changes::default();
         for index in 0..self.nodes.len() {
-            let touched = self.nodes[index].set_lans(lans);
+            let touched = self.nodes[index].set_lans(&self.surroundings.lans);
             changes.merge(self.update_nodes(index, touched));
         }
-        let addresses: Vec<Ipv4Addr> = self.pods.addresses().collect();
-        for address in
-            addresses.into_iter().filter(|address| changed.iter().any(|lan| lan.network.contains(address)))
-        {
+        let concerned =
+            |address: &Ipv4Addr| own.contains(address) || lans.iter().any(|lan| lan.contains(address));
+        let addresses: Vec<Ipv4Addr> = self.pods.addresses().filter(concerned).collect();
+        for address in addresses {
             let pods: Vec<PodRef> = self.pods.claimants(address).map(|claim| claim.pod.clone()).collect();
             for pod in &pods {
                 self.update_misplaced(pod);
@@ -305,6 +306,7 @@ impl Planner {
         let lan = nodes.lan(Ipv4Net::from(address));
         match overlay.network {
             _ if overlay.subnet.contains(&address) => Place::Own,
+            _ if self.surroundings.own.contains(&address) => Place::Host,
             Some(network) if !network.contains(&address) => Place::Outside(network),
             _ if cidr.contains(&address) => Place::InCidr,
             _ if lan.is_some() => lan.map_or(Place::Foreign, Place::Lan),
@@ -340,6 +342,12 @@ impl Planner {
                         field,
                         format!("{address} is in the gateway's own subnet {}", overlay.subnet),
                         "the subnet must not be given to a node: check the allocation of pod CIDRs",
+                    ),
+                    Place::Host => Problem::error(
+                        field,
+                        format!("{address} is an address of this host"),
+                        "take it off the host's device, or find out who gave it to the pod; until then the pod is not \
+                         reached",
                     ),
                     Place::Outside(network) => Problem::error(
                         field,
@@ -388,6 +396,8 @@ enum Place<'a> {
     Elsewhere,
     /// In the gateway's own subnet.
     Own,
+    /// The kernel of this host takes it for itself.
+    Host,
     /// Not in the overlay's network.
     Outside(Ipv4Net),
     /// Not in the node's podCIDR, but on a LAN of this host.

@@ -153,8 +153,12 @@ fn lan(network: &str) -> Lan {
     Lan { network: network.parse().unwrap(), interface: "eth0".into() }
 }
 
+fn on<const N: usize>(lans: [Lan; N]) -> Surroundings {
+    Surroundings { lans: lans.into(), ..Surroundings::default() }
+}
+
 /// What the tables should say, worked out from all objects at once without any index.
-fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay], lans: &BTreeSet<Lan>) -> Desired {
+fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay], host: &Surroundings) -> Desired {
     let mut desired = Desired::default();
     let mut claims: BTreeMap<Ipv4Addr, Vec<_>> = BTreeMap::new();
     for object in objects.values() {
@@ -173,7 +177,8 @@ fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay], lans: &BT
             }
         }
         members.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
-        let lans: Vec<Ipv4Net> = lans
+        let lans: Vec<Ipv4Net> = host
+            .lans
             .iter()
             .map(|lan| lan.network)
             .filter(|lan| !overlay.network.is_some_and(|network| lan.contains(&network)))
@@ -234,6 +239,7 @@ fn afresh(objects: &BTreeMap<ObjectRef, Object>, overlays: &[Overlay], lans: &BT
             if let Some((_, node)) = believed.first()
                 && taken.iter().any(|(_, name, _)| name == *node)
                 && !overlay.subnet.contains(address)
+                && !host.own.contains(address)
                 && overlay.network.is_none_or(|network| network.contains(address))
             {
                 desired.pods.insert((id, *address), key(node));
@@ -335,7 +341,7 @@ fn any_pod() -> impl Strategy<Value = Object> {
 #[derive(Clone, Debug)]
 enum Step {
     Event(Event),
-    Lans(BTreeSet<Lan>),
+    Host(Surroundings),
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
@@ -345,7 +351,10 @@ fn any_step() -> impl Strategy<Value = Step> {
     );
     prop_oneof![
         9 => any_event().prop_map(Step::Event),
-        1 => lans.prop_map(|lans| Step::Lans(lans.into_iter().map(lan).collect())),
+        1 => (lans, prop::sample::subsequence(vec!["10.244.1.2", "10.244.3.200", "192.0.2.1"], 0..3)).prop_map(|(lans, own)| {
+            let own = own.into_iter().map(|address| address.parse().unwrap()).collect();
+            Step::Host(Surroundings { lans: lans.into_iter().map(lan).collect(), own })
+        }),
     ]
 }
 
@@ -369,7 +378,7 @@ proptest! {
         let overlays = overlays();
         let mut planner = Planner::new(&overlays);
         let mut cluster = Cluster::default();
-        let mut lans = BTreeSet::new();
+        let mut host = Surroundings::default();
         for step in &steps {
             let before = planner.desired().clone();
             let changes = match step {
@@ -377,22 +386,22 @@ proptest! {
                     cluster.apply(event);
                     planner.apply(event)
                 }
-                Step::Lans(now) => {
-                    lans.clone_from(now);
-                    planner.set_lans(now)
+                Step::Host(now) => {
+                    host.clone_from(now);
+                    planner.set_surroundings(now.clone())
                 }
             };
-            prop_assert_eq!(planner.desired(), &afresh(&cluster.objects, &overlays, &lans), "after {:?}", step);
+            prop_assert_eq!(planner.desired(), &afresh(&cluster.objects, &overlays, &host), "after {:?}", step);
             let differ = differences(&before, planner.desired());
             match step {
                 Step::Event(_) => prop_assert_eq!(changes, differ, "after {:?}", step),
                 // A key may be named that changed twice.
-                Step::Lans(_) => prop_assert!(covers(&changes, &differ), "after {:?}: {:?}", step, changes),
+                Step::Host(_) => prop_assert!(covers(&changes, &differ), "after {:?}: {:?}", step, changes),
             }
         }
         // The way there does not matter, and neither do the problems that were.
         let mut again = Planner::new(&overlays);
-        again.set_lans(&lans);
+        again.set_surroundings(host.clone());
         for object in cluster.objects.values().rev() {
             again.apply(&apply(object.clone()));
         }
@@ -588,26 +597,26 @@ fn pods_are_not_on_the_lans_of_this_host() {
     let mut planner = planner(objects.clone());
     let whole = planner.desired().clone();
     for lan in ["10.244.1.0/24", "10.244.1.64/26", "10.244.0.0/20"].map(lan) {
-        let changes = planner.set_lans(&[lan.clone()].into());
+        let changes = planner.set_surroundings(on([lan.clone()]));
         assert!(
             vteps(&planner).is_empty() && changes.vteps.len() == 1 && !changes.pods.is_empty(),
             "{lan:?}"
         );
         told(&planner, "Node n1, spec.podCIDR", &format!("overlaps {}, the network", lan.network));
-        planner.set_lans(&BTreeSet::new());
+        planner.set_surroundings(Surroundings::default());
         assert_eq!(planner.desired(), &whole);
     }
-    planner.set_lans(&[lan("10.244.9.0/24")].into());
+    planner.set_surroundings(on([lan("10.244.9.0/24")]));
     assert_eq!(planner.desired().pods.keys().collect::<Vec<_>>(), [&address("10.244.1.5")]);
     told(&planner, "Pod default/stray, status.podIP", "in 10.244.9.0/24");
     // Stations that have the pod network on their link ask for pods by ARP.
     for around in ["10.244.0.0/16", "10.0.0.0/8"] {
-        planner.set_lans(&[lan(around)].into());
+        planner.set_surroundings(on([lan(around)]));
         assert_eq!(planner.desired(), &whole, "{around}");
     }
     // Without a network nobody says so.
     let mut planner = Planner::new(&overlays()[2..]);
-    planner.set_lans(&[lan("10.0.0.0/8")].into());
+    planner.set_surroundings(on([lan("10.0.0.0/8")]));
     for object in objects {
         planner.apply(&apply(object));
     }
@@ -616,8 +625,24 @@ fn pods_are_not_on_the_lans_of_this_host() {
     told(&planner, place, "overlaps 10.0.0.0/8");
     let remedies: Vec<String> = planner.problems().into_iter().map(|problem| problem.remedy).collect();
     assert!(remedies.iter().any(|remedy| remedy.contains("set the overlay's network")), "{remedies:?}");
-    planner.set_lans(&BTreeSet::new());
+    planner.set_surroundings(Surroundings::default());
     assert_eq!(vteps(&planner), ["n1"]);
+}
+
+/// The XDP program does not ask whose an address is that the pod table has.
+#[test]
+fn no_pod_has_an_address_of_this_host() {
+    let node = node_text("n1", 1, "10.244.1.0/24").object();
+    let mut planner = planner([node, running("p", "n1", "10.244.1.5"), running("q", "n1", "10.244.1.6")]);
+    let whole = planner.desired().clone();
+    let own = [Ipv4Addr::new(10, 244, 1, 5)].into();
+    let changes = planner.set_surroundings(Surroundings { own, ..Surroundings::default() });
+    assert_eq!(changes.pods.into_iter().collect::<Vec<_>>(), [address("10.244.1.5")]);
+    assert_eq!(planner.desired().pods.keys().collect::<Vec<_>>(), [&address("10.244.1.6")]);
+    let problems = planner.problems();
+    assert!(problems.iter().any(|found| found.place == "Pod default/p, status.podIP"), "{problems:#?}");
+    planner.set_surroundings(Surroundings::default());
+    assert_eq!(planner.desired(), &whole);
 }
 
 /// The size that the design aims for, in an order that makes every pod wait for its node.

@@ -30,7 +30,7 @@ const SECOND_CHANCE: Duration = Duration::from_secs(2);
 pub(super) async fn findings(config: &Config, host: &Host) -> Vec<Finding> {
     let problems = ProblemList::default();
     let mut planner = Planner::new(&config.overlays);
-    planner.set_lans(&host.lans(config));
+    planner.set_surroundings(host.surroundings(config));
     let (read, ignored) = match &config.source {
         Source::Files { path } => {
             let mut directory = Directory::new(path, problems.clone(), Duration::ZERO);
