@@ -5,6 +5,7 @@ mod cluster;
 mod errors;
 mod interruptions;
 mod lifecycle;
+mod metrics;
 mod rig;
 mod rules;
 mod serve;
