@@ -1,7 +1,8 @@
 //! Builds the XDP program of `gateway-ebpf` for the BPF target, so that the daemon can embed it.
 //!
 //! A nested cargo with its own target directory does the work. The object lands in `$OUT_DIR/gateway.bpf.o`, with a
-//! copy at `target/bpf/gateway.bpf.o` for `cargo xtask verify` and for people.
+//! copy at `target/bpf/gateway.bpf.o` for `cargo xtask verify` and for people. With the same flags it builds what the
+//! benchmark compares it with, which is embedded nowhere: `target/bpf/reference.bpf.o`.
 //!
 //! Environment:
 //! - `GATEWAY_BPF_PROFILE`: `fast` (the default) or `portable`, see [`Profile`].
@@ -17,6 +18,7 @@ use std::{
 
 const TARGET: &str = "bpfel-unknown-none";
 const OBJECT: &str = "gateway.bpf.o";
+const REFERENCE: &str = "reference.bpf.o";
 const LINKER_VERSION: &str = include_str!("../gateway-ebpf/bpf-linker.version");
 /// LLVM knows this feature, rustc does not, and says so once for each crate.
 const MISALIGNED: &str = "allows-misaligned-mem-access";
@@ -105,9 +107,15 @@ fn build() -> Result<(), String> {
     require_core_source()?;
 
     let target_dir = workspace.join("target/bpf");
-    let object = run_cargo(&workspace, &target_dir.join(profile.name()), profile, &linker)?;
-    for directory in [Path::new(&variable("OUT_DIR")?), &target_dir] {
-        place(&object, directory).map_err(|error| {
+    let built = run_cargo(&workspace, &target_dir.join(profile.name()), profile, &linker)?;
+    let own = PathBuf::from(variable("OUT_DIR")?);
+    for (program, directory, name) in [
+        ("gateway-ebpf", &own, OBJECT),
+        ("gateway-ebpf", &target_dir, OBJECT),
+        ("reference", &target_dir, REFERENCE),
+    ] {
+        let object = built.join(program);
+        place(&object, directory, name).map_err(|error| {
             format!("cannot copy {} to {}: {error}", object.display(), directory.display())
         })?;
     }
@@ -170,6 +178,7 @@ fn require_core_source() -> Result<(), String> {
     }
 }
 
+/// Builds the crate's programs; the directory in which they lie.
 fn run_cargo(
     workspace: &Path,
     target_dir: &Path,
@@ -188,16 +197,7 @@ fn run_cargo(
         // One module, or frames of several functions add up to more than the kernel's 512 bytes of stack.
         .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "--locked",
-            "--package",
-            "gateway-ebpf",
-            "--bin",
-            "gateway-ebpf",
-        ])
+        .args(["build", "--quiet", "--release", "--locked", "--package", "gateway-ebpf", "--bins"])
         .args(["-Zbuild-std=core", "--target", TARGET, "--target-dir"])
         .arg(target_dir);
     let output = cargo.output().map_err(|error| format!("cargo does not run: {error}"))?;
@@ -212,7 +212,7 @@ fn run_cargo(
     {
         println!("cargo::warning={line}");
     }
-    Ok(target_dir.join(TARGET).join("release/gateway-ebpf"))
+    Ok(target_dir.join(TARGET).join("release"))
 }
 
 fn configures_cargo(name: &OsStr) -> bool {
@@ -224,8 +224,8 @@ fn configures_cargo(name: &OsStr) -> bool {
 }
 
 /// Copies in one step: another build may read or write the same place.
-fn place(object: &Path, directory: &Path) -> io::Result<()> {
-    let scratch = directory.join(format!("{OBJECT}.{}", std::process::id()));
+fn place(object: &Path, directory: &Path, name: &str) -> io::Result<()> {
+    let scratch = directory.join(format!("{name}.{}", std::process::id()));
     fs::copy(object, &scratch)?;
-    fs::rename(&scratch, directory.join(OBJECT))
+    fs::rename(&scratch, directory.join(name))
 }

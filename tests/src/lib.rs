@@ -5,6 +5,10 @@
 //!
 //! - [`lab`]: hosts, wires, topologies, traffic, captures.
 //! - [`api`]: a Kubernetes API server for tests, a process of its own.
+//! - [`packet`]: frames, written by etherparse.
+//! - [`bench`]: what the XDP program costs, measured and checked.
 
 pub mod api;
+pub mod bench;
 pub mod lab;
+pub mod packet;

@@ -193,7 +193,12 @@ impl Loaded {
         &self.constants
     }
 
-    fn program(&mut self) -> Result<&mut Xdp, LoadError> {
+    /// The program itself.
+    ///
+    /// # Errors
+    ///
+    /// The object has none of that name.
+    pub fn program(&mut self) -> Result<&mut Xdp, LoadError> {
         self.ebpf
             .program_mut(PROGRAM)
             .and_then(|program| program.try_into().ok())

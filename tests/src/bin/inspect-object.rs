@@ -1,4 +1,5 @@
-//! Loads a BPF object into this kernel and prints what the kernel says of it, as JSON: for `cargo xtask verify`.
+//! Loads a BPF object into this kernel and prints what the kernel says of it, as JSON: for `cargo xtask verify`. And what
+//! the engine asks of its tables for each case of the benchmark, which no kernel has to be asked.
 //!
 //! The verifier removes what a configuration switches off, so each load has a configuration that leaves everything
 //! on. The log level is 0, as the daemon loads it.
@@ -18,6 +19,7 @@ use gateway_common::{
     },
     wire::{Be16, Ipv4, Mac, Vni},
 };
+use gateway_tests::bench::program::lookups;
 use serde::Serialize;
 
 /// Symbol of the program's log level; `aya_log::LEVEL`.
@@ -27,6 +29,7 @@ const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 struct Inspection {
     loads: BTreeMap<&'static str, Load>,
     maps: Vec<Map>,
+    map_operations: lookups::Counts,
 }
 
 #[derive(Serialize)]
@@ -47,7 +50,11 @@ struct Map {
 fn main() -> Result<()> {
     let path = env::args_os().nth(1).context("usage: inspect-object OBJECT")?;
     let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut inspection = Inspection { loads: BTreeMap::new(), maps: Vec::new() };
+    let mut inspection = Inspection {
+        loads: BTreeMap::new(),
+        maps: Vec::new(),
+        map_operations: lookups::count().context("counting operations on maps")?,
+    };
     for (name, config) in [
         ("one-overlay", config(1, 0, OverlayFlags::SOURCE_CHECK.with(OverlayFlags::CLAMP_MSS))),
         (

@@ -121,12 +121,7 @@ impl Gateway {
             if let Some(status) = self.process.ended()? {
                 bail!("the gateway ended ({status}):\n{}", self.process.output()?);
             }
-            let output = host.output(&command(&self.program, &self.config, &["status", "--json"])?)?;
-            let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-            let daemon = &status["daemon"];
-            let settled = daemon["pid"] == self.process.id()
-                && daemon["source"]["synchronised"] == true
-                && status["vteps_unresolved"] == 0;
+            let settled = is_settled(host, &self.program, &self.config, self.process.id())?;
             Ok(settled.then_some(()))
         })
         .with_context(|| format!("log: {}", self.process.log().display()))
@@ -207,6 +202,14 @@ pub fn attached(host: &Host, interface: &str) -> Result<bool> {
 pub fn attached_program(host: &Host, interface: &str) -> Result<u64> {
     let links: Value = serde_json::from_str(&host.run(&["ip", "-json", "link", "show", "dev", interface])?)?;
     links[0]["xdp"]["prog"]["id"].as_u64().with_context(|| format!("no XDP program on {interface}"))
+}
+
+/// Whether the daemon with this process id has read its source and reaches every node.
+pub fn is_settled(host: &Host, program: &Path, config: &Path, id: u32) -> Result<bool> {
+    let output = host.output(&command(program, config, &["status", "--json"])?)?;
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let daemon = &status["daemon"];
+    Ok(daemon["pid"] == id && daemon["source"]["synchronised"] == true && status["vteps_unresolved"] == 0)
 }
 
 /// The words of a call of the gateway.

@@ -109,7 +109,7 @@ impl Case {
             outcome,
             returned,
             input,
-            Output::WithSourcePort(node.link.len() + 20, Box::new(output)),
+            Output::WithSourcePort(node.link.length() + 20, Box::new(output)),
         )
     }
 

@@ -22,8 +22,9 @@ mod layout;
 mod limits;
 mod live;
 mod mirror;
-mod packet;
 mod rig;
 mod sequences;
 mod subject;
 mod world;
+
+use gateway_tests::packet;

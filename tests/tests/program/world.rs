@@ -166,7 +166,7 @@ impl Node {
             self.link.ip(&self.outer(&config.overlays[self.overlay], IPV4, &[], 0, 0))
         };
         if !self.direct {
-            let at = self.link.len();
+            let at = self.link.length();
             slot.ip_offset = u16::try_from(at).unwrap();
             // Total length, header checksum, UDP length.
             for variable in [2..4, 10..12, 24..26] {
