@@ -163,7 +163,9 @@ impl Group {
         }
         for contender in order {
             let (world, reference) = &mut self.worlds[contender.world];
-            let all = mean(effort.calls, || contender.run(world, reference, effort.packets))
+            // Sessions take their time to be forgotten again.
+            let calls = if contender.case.opens_sessions() { 1 } else { effort.calls };
+            let all = mean(calls, || contender.run(world, reference, effort.packets))
                 .with_context(|| format!("{} at {:?}", contender.case.name, world.place.scale))?;
             // The driver's share of a run: what it adds to a program that drops.
             let driver = self.baselines[contender.baseline].nanoseconds - floor;
