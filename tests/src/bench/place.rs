@@ -164,6 +164,7 @@ pub(super) fn host() -> Host {
         mtu: 1500,
         up: true,
         kind: DeviceKind::Other,
+        alias: None,
         xdp: XdpState::default(),
     };
     let addresses = [([10, 244, 30, 1].into(), 2), (LOCAL.into(), 3)];
@@ -172,6 +173,7 @@ pub(super) fn host() -> Host {
         addresses: addresses.into(),
         primary: addresses.into_iter().map(|(address, index)| (index, address)).collect(),
         broadcasts: [([10, 244, 30, 255].into(), 2)].into(),
+        ..Host::default()
     }
 }
 
