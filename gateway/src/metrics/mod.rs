@@ -11,7 +11,7 @@ mod server;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use gateway_common::abi::VtepFlags;
+use gateway_common::abi::{Vtep, VtepFlags};
 use tokio::{net::TcpListener, sync::watch, time::sleep};
 use tracing::info;
 
@@ -48,7 +48,7 @@ impl Sources {
         let sessions = self.walks.borrow().sessions.clone();
         let (mut ready, mut unresolved) = (0, 0);
         tables.vteps.each_batch(|_, vteps| {
-            for slot in vteps.iter().map(|vtep| vtep.slot()).filter(|slot| slot.flags.has(VtepFlags::USED)) {
+            for slot in vteps.iter().map(Vtep::slot).filter(|slot| slot.flags.has(VtepFlags::USED)) {
                 let count = if slot.flags.has(VtepFlags::READY) { &mut ready } else { &mut unresolved };
                 *count += 1;
             }
