@@ -69,5 +69,5 @@ fn sink(context: XdpContext) -> u32 {
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro's calling convention")]
 fn sink_tc(context: TcContext) -> i32 {
-    if arrived(context.len()) { TC_ACT_SHOT } else { TC_ACT_OK as i32 }
+    if arrived(context.len()) { TC_ACT_SHOT } else { TC_ACT_OK }
 }

@@ -26,6 +26,7 @@ use gateway_common::wire::Wire;
 
 /// The beginning of the frame as a `T`; `None` if the frame is shorter.
 #[inline(always)]
+#[expect(clippy::mut_from_ref, reason = "the context stands for the frame, which it does not own")]
 fn front<T: Wire>(context: &XdpContext) -> Option<&mut T> {
     let start = context.data();
     if start + size_of::<T>() > context.data_end() {
