@@ -107,5 +107,9 @@ pub enum Event {
     /// The listing is complete.
     Synced,
     /// Everything that can be read has been named; [`Self::Synced`] follows when the rest has been read as well.
-    Listed,
+    Listed {
+        /// Pods are among it. If not, only some may have been named, and those say nothing without the others: another
+        /// pod may have a better claim to their addresses.
+        pods: bool,
+    },
 }

@@ -502,11 +502,15 @@ impl Daemon {
             self.own_node_changed.notify_one();
         }
         let (listed, synced) = (self.planner.is_listed(), self.planner.is_synced());
+        let had_pods = self.planner.has_pods();
         pending.changes.merge(self.planner.apply(event));
         if !listed && self.planner.is_listed() && !self.planner.is_synced() {
             info!(
                 "a part of the source cannot be read: what it does not name stays as it was until it can be"
             );
+            pending.verify = true;
+        }
+        if !had_pods && self.planner.has_pods() {
             pending.verify = true;
         }
         if !synced && self.planner.is_synced() {
@@ -571,6 +575,7 @@ impl Daemon {
 
         if self.planner.is_listed() {
             self.reconciler.hold_removals(!self.planner.is_synced());
+            self.reconciler.hold_pods(!self.planner.has_pods());
             if verify || !changes.vteps.is_empty() {
                 let paths = self.planner.desired().vteps.keys().filter_map(|key| self.path(key)).collect();
                 self.underlay.track(&paths).await;

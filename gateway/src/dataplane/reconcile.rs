@@ -48,12 +48,18 @@ impl<K, V> Difference<K, V> {
     }
 }
 
+impl<K, V> Default for Difference<K, V> {
+    fn default() -> Self {
+        Self { changed: Vec::new(), added: Vec::new(), gone: Vec::new() }
+    }
+}
+
 /// Compares a table with its goal.
 pub fn difference<K: Copy + Ord, V: Copy + PartialEq>(
     have: &BTreeMap<K, V>,
     want: &BTreeMap<K, V>,
 ) -> Difference<K, V> {
-    let mut difference = Difference { changed: Vec::new(), added: Vec::new(), gone: Vec::new() };
+    let mut difference = Difference::default();
     for (key, value) in want {
         match have.get(key) {
             Some(present) if present == value => {}
@@ -176,6 +182,8 @@ pub struct Reconciler {
     orphans: bool,
     /// What the plan does not name may exist.
     holding: bool,
+    /// What the plan says about pods is not the whole yet.
+    holding_pods: bool,
 }
 
 impl Reconciler {
@@ -194,6 +202,7 @@ impl Reconciler {
             vteps: Vteps::adopt(tables.vteps)?,
             orphans: false,
             holding: false,
+            holding_pods: false,
         })
     }
 
@@ -215,6 +224,11 @@ impl Reconciler {
     /// a scope names them.
     pub fn hold_removals(&mut self, hold: bool) {
         self.holding = hold;
+    }
+
+    /// While the plan has only some of the pods, their entries are left as they are.
+    pub fn hold_pods(&mut self, hold: bool) {
+        self.holding_pods = hold;
     }
 
     /// Entries of an earlier run that no node has claimed yet.
@@ -295,6 +309,9 @@ impl Reconciler {
             pods.gone.clear();
             prefixes.gone.clear();
             sources.gone.clear();
+        }
+        if self.holding_pods {
+            pods = Difference::default();
         }
         let gone = pods.gone.clone();
         let before = self.destinations(&pods, &prefixes);

@@ -37,6 +37,8 @@ pub struct Planner {
     synced: bool,
     /// What could be read of the source has been seen.
     seen: bool,
+    /// And pods are among it.
+    pods_seen: bool,
 }
 
 impl Planner {
@@ -53,6 +55,7 @@ impl Planner {
             listed: None,
             synced: false,
             seen: false,
+            pods_seen: false,
         }
     }
 
@@ -75,8 +78,9 @@ impl Planner {
                 }
                 self.delete(reference)
             }
-            Event::Listed => {
+            Event::Listed { pods } => {
                 self.seen = true;
+                self.pods_seen |= pods;
                 Changes::default()
             }
             Event::Synced => self.end_listing(),
@@ -119,6 +123,11 @@ impl Planner {
     /// Whether the source has named all that can be read of it. Before that there is no goal yet.
     pub fn is_listed(&self) -> bool {
         self.seen || self.synced
+    }
+
+    /// Whether pods are among what has been named. Before that there is no goal for them.
+    pub fn has_pods(&self) -> bool {
+        self.pods_seen || self.synced
     }
 
     /// Whether a full listing has been seen. Before that an absent key means nothing.

@@ -289,7 +289,7 @@ impl Cluster {
             Event::Delete(reference) => {
                 self.objects.remove(reference);
             }
-            Event::Listed => {}
+            Event::Listed { .. } => {}
             Event::Synced => {
                 if let Some(listed) = self.listed.take() {
                     self.objects.retain(|reference, _| listed.contains(reference));
@@ -366,7 +366,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         2 => any_pod().prop_map(|object| Event::Delete(object.reference())),
         1 => Just(Event::Listing),
         1 => Just(Event::Synced),
-        1 => Just(Event::Listed),
+        1 => any::<bool>().prop_map(|pods| Event::Listed { pods }),
     ]
 }
 

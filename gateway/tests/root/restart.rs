@@ -168,6 +168,30 @@ fn a_next_hop_that_is_not_known_yet_takes_nothing_away() {
     });
 }
 
+/// Some of the pods say nothing without the others.
+#[test]
+fn pods_wait_until_all_are_known() {
+    isolated(async |bpffs: &Path| {
+        let config = config(bpffs);
+        populate(&config);
+        let mut reconciler = Reconciler::adopt(Tables::open(&pins(bpffs)).unwrap()).unwrap();
+        let look = Tables::open(&pins(bpffs)).unwrap();
+        let before = look.pods.read().unwrap();
+        reconciler.hold_removals(true);
+        reconciler.hold_pods(true);
+        let part = cluster(&[("d", 13)]);
+        let changes = Changes { pods: part.pods.keys().copied().collect(), ..Changes::default() };
+        let slots = slots(&config, &part, &hop(1));
+        let pass = reconciler.apply(&part, &slots, Scope::Everything);
+        assert_eq!((pass.written, pass.deleted), (3, 0), "the node, its prefix and its source");
+        reconciler.apply(&part, &slots, Scope::Only(&changes));
+        assert_eq!(look.pods.read().unwrap(), before);
+        reconciler.hold_pods(false);
+        reconciler.apply(&part, &slots, Scope::Everything);
+        assert_eq!(look.pods.read().unwrap().len(), before.len() + 1);
+    });
+}
+
 #[test]
 fn removals_wait_until_the_source_is_complete() {
     isolated(async |bpffs: &Path| {

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway::cluster::kubernetes::{Access, Link, Timing};
+use gateway::cluster::kubernetes::{Access, Link};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api,
@@ -169,8 +169,7 @@ fn a_malformed_object_holds_up_nobody() {
 fn without_the_right_to_pods_nodes_are_used() {
     let Some(subject) = cluster() else { return };
     subject.fault(&json!({ "fault": { "kind": "status", "code": 403 }, "resource": "pods" }));
-    let timing = Timing { partial: 3, ..TIMING };
-    let observer = Observer::with(&subject, Link::new(subject.access()), timing);
+    let observer = Observer::start(&subject);
     let problem = observer.wait_problem(|problem| problem.what.contains("403"));
     assert!(problem.what.contains("may not list pods"), "{problem}");
     assert!(problem.what.contains(r#"cannot list resource "pods""#), "{problem}");

@@ -35,8 +35,7 @@ pub(crate) const TIMING: Timing = Timing {
     idle: Duration::from_secs(1),
     watch: Duration::from_secs(5),
     nonsense: 3,
-    // Faults that pass are no reason to go on without a kind.
-    partial: 1000,
+    partial: 3,
     net_conf: Duration::from_millis(200),
 };
 
@@ -58,25 +57,29 @@ struct State {
 }
 
 impl State {
-    /// Takes an event and writes what it changes, as the daemon does: nothing before the source has been listed, and
-    /// before it is complete nothing is removed.
+    /// Takes an event and writes what it changes, as the daemon does: nothing before the source has been listed, no pods
+    /// before all of them have been, and before it is complete nothing is removed.
     fn take(&mut self, event: &Event) {
         let (listed, synced) = (self.planner.is_listed(), self.planner.is_synced());
+        let had_pods = self.planner.has_pods();
         let changes = self.planner.apply(event);
         let (goal, complete) = (self.planner.desired(), self.planner.is_synced());
+        let has_pods = self.planner.has_pods();
         if complete && !synced {
             self.table = goal.clone();
-        } else if self.planner.is_listed() && !listed {
+        } else if (self.planner.is_listed() && !listed) || (has_pods && !had_pods) {
             let Desired { vteps, pods, prefixes, sources } = goal.clone();
             self.table.vteps.extend(vteps);
-            self.table.pods.extend(pods);
+            if has_pods {
+                self.table.pods.extend(pods);
+            }
             self.table.prefixes.extend(prefixes);
             self.table.sources.extend(sources);
         } else if listed {
             for key in &changes.vteps {
                 write(&mut self.table.vteps, &goal.vteps, key, complete);
             }
-            for key in &changes.pods {
+            for key in changes.pods.iter().filter(|_| has_pods) {
                 write(&mut self.table.pods, &goal.pods, key, complete);
             }
             for key in &changes.prefixes {

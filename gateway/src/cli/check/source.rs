@@ -71,7 +71,7 @@ async fn ask(access: &Access, config: &Config, problems: &ProblemList, planner: 
             event = timeout_at(deadline, receiver.recv()) => {
                 let Ok(Some(event)) = event else { break false };
                 planner.apply(&event);
-                if matches!(event, Event::Synced | Event::Listed) {
+                if matches!(event, Event::Synced | Event::Listed { .. }) {
                     break true;
                 }
             }

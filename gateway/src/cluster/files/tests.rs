@@ -102,7 +102,7 @@ fn describe(event: &Event) -> String {
         Event::Apply(object) => format!("+{}", object.reference()),
         Event::Delete(reference) => format!("-{reference}"),
         Event::Synced => "synced".into(),
-        Event::Listed => "listed".into(),
+        Event::Listed { .. } => "listed".into(),
     }
 }
 

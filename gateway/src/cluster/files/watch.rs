@@ -57,7 +57,7 @@ pub async fn watch(path: PathBuf, events: mpsc::Sender<Event>, problems: Problem
             // What is still being written belongs to the listing.
             let end = match (unsettled, found.partial) {
                 (false, false) if !synced => Some(Event::Synced),
-                (false, true) if !synced && !listed => Some(Event::Listed),
+                (false, true) if !synced && !listed => Some(Event::Listed { pods: true }),
                 _ => None,
             };
             listed |= end.is_some();

@@ -28,7 +28,8 @@ pub(super) struct Join {
 #[derive(Debug, Default)]
 struct State {
     kinds: BTreeMap<Kind, Progress>,
-    listed: bool,
+    /// What can be read has been told of; pods among it or not.
+    listed: Option<bool>,
     synced: bool,
 }
 
@@ -65,16 +66,18 @@ impl Join {
             *known = progress;
         }
         let of = |kind: &Kind| state.kinds.get(kind).copied().unwrap_or_default();
+        let is_named = |kind| matches!(of(&kind), Progress::Partial | Progress::Complete);
+        let pods = is_named(Kind::Pod);
         let event = if Kind::ALL.iter().all(|kind| of(kind) == Progress::Complete) {
             state.synced = true;
             Event::Synced
-        } else if !state.listed
-            && matches!(of(&Kind::Node), Progress::Partial | Progress::Complete)
+        } else if (state.listed.is_none() || (state.listed == Some(false) && pods))
+            && is_named(Kind::Node)
             && Kind::ALL.iter().all(|kind| of(kind) != Progress::Under)
         {
             // Nodes alone forward by their prefixes.
-            state.listed = true;
-            Event::Listed
+            state.listed = Some(pods);
+            Event::Listed { pods }
         } else {
             return Ok(());
         };
@@ -90,7 +93,8 @@ mod tests {
         std::iter::from_fn(|| receiver.try_recv().ok())
             .map(|event| match event {
                 Event::Synced => "synced",
-                Event::Listed => "listed",
+                Event::Listed { pods: true } => "listed",
+                Event::Listed { pods: false } => "listed without pods",
                 _ => "other",
             })
             .collect()
@@ -113,10 +117,11 @@ mod tests {
         let join = Join::default();
         join.failed(Kind::Pod, &sender).await.unwrap();
         join.listed(Kind::Node, false, &sender).await.unwrap();
-        assert_eq!(drain(&mut receiver), ["listed"]);
+        assert_eq!(drain(&mut receiver), ["listed without pods"]);
         join.failed(Kind::Node, &sender).await.unwrap();
+        assert!(drain(&mut receiver).is_empty(), "once");
         join.listed(Kind::Pod, true, &sender).await.unwrap();
-        assert!(drain(&mut receiver).is_empty(), "an object of a Node is not understood yet");
+        assert_eq!(drain(&mut receiver), ["listed"], "an object of a Node is not understood yet");
         join.listed(Kind::Node, true, &sender).await.unwrap();
         assert_eq!(drain(&mut receiver), ["synced"]);
     }
