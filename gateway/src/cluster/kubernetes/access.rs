@@ -2,7 +2,8 @@
 
 use std::{env, io, path::PathBuf, time::Duration};
 
-use http::{HeaderValue, header};
+use http::{HeaderValue, Uri, header};
+use hyper_util::client::proxy::matcher::Matcher;
 use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
@@ -40,31 +41,40 @@ impl Access {
 
     async fn config(&self) -> Result<Config, Failure> {
         let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
-        let mut config = match &self.kubeconfig {
-            Some(path) => {
-                let kubeconfig = Kubeconfig::read_from(path)?;
-                Config::from_custom_kubeconfig(kubeconfig, &options).await?
-            }
-            None => match Config::from_kubeconfig(&options).await {
-                Ok(config) => config,
-                Err(error) if self.context.is_none() && is_absent(&error) => {
-                    Config::incluster().map_err(|_| {
-                        Failure::Config(
-                            "there is no kubeconfig: source.kubeconfig and KUBECONFIG are not set, ~/.kube/config does \
-                             not exist, and this is no pod of the cluster"
-                                .to_owned(),
-                        )
-                    })?
-                }
+        let kubeconfig = match &self.kubeconfig {
+            Some(path) => Some(Kubeconfig::read_from(path)?),
+            None => match Kubeconfig::read() {
+                Ok(kubeconfig) => Some(kubeconfig),
+                Err(error) if self.context.is_none() && is_absent(&error) => None,
                 Err(error) => return Err(error.into()),
             },
         };
+        let own_proxy = kubeconfig.as_ref().and_then(|kubeconfig| self.proxy_of(kubeconfig));
+        let mut config = match kubeconfig {
+            Some(kubeconfig) => Config::from_custom_kubeconfig(kubeconfig, &options).await?,
+            None => Config::incluster().map_err(|_| {
+                Failure::Config(
+                    "there is no kubeconfig: source.kubeconfig and KUBECONFIG are not set, ~/.kube/config does not \
+                     exist, and this is no pod of the cluster"
+                        .to_owned(),
+                )
+            })?,
+        };
+        config.proxy_url = proxy(own_proxy, &config.cluster_url)?;
         config.connect_timeout = Some(CONNECT);
         // Done by those who ask: they know what is urgent.
         config.default_retry = false;
         let agent = HeaderValue::from_static(concat!("xdp-gateway/", env!("CARGO_PKG_VERSION")));
         config.headers.push((header::USER_AGENT, agent));
         Ok(config)
+    }
+
+    /// The proxy that a kubeconfig names for the cluster of the context.
+    fn proxy_of(&self, kubeconfig: &Kubeconfig) -> Option<String> {
+        let context = self.context.as_ref().or(kubeconfig.current_context.as_ref())?;
+        let context = kubeconfig.contexts.iter().find(|entry| entry.name == *context)?.context.as_ref()?;
+        let cluster = kubeconfig.clusters.iter().find(|entry| entry.name == context.cluster)?;
+        cluster.cluster.as_ref()?.proxy_url.clone().filter(|url| !url.is_empty())
     }
 
     /// Reads the configuration and makes a client; nothing is asked of the server yet, but an exec plugin runs.
@@ -83,6 +93,17 @@ impl Access {
             Err(_) => Err(Failure::Credentials(format!("the exec plugin gave nothing within {PLUGIN:?}"))),
         }
     }
+}
+
+/// The proxy towards a server: the kubeconfig's, else that of the environment, unless `NO_PROXY` exempts the server. (kube
+/// would look the proxy itself up in `NO_PROXY`.)
+fn proxy(own: Option<String>, server: &Uri) -> Result<Option<Uri>, Failure> {
+    let of_environment = || {
+        let url = ["HTTPS_PROXY", "https_proxy"].into_iter().find_map(|name| env::var(name).ok())?;
+        Some(url).filter(|url| !url.is_empty() && Matcher::from_env().intercept(server).is_some())
+    };
+    let Some(url) = own.or_else(of_environment) else { return Ok(None) };
+    url.parse().map(Some).map_err(|error| Failure::Config(format!("the proxy {url:?} is no URL: {error}")))
 }
 
 /// Whether there is no kubeconfig at all, and none was asked for.
