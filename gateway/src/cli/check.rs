@@ -13,8 +13,12 @@ use serde::Serialize;
 
 use super::{FOUND, output, runtime};
 use crate::{
-    cluster::problem::{Problem, Severity},
-    config::Options,
+    cluster::{
+        announce,
+        kubernetes::{Link, Timing},
+        problem::{Problem, Severity},
+    },
+    config::{Config, Options, Problems, Reading},
     kernel::{host::Host, netlink},
 };
 
@@ -84,19 +88,20 @@ impl From<Problem> for Finding {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Args { options, json } = args;
     let mut findings = Vec::new();
-    match options.load() {
-        Ok(config) => {
+    let runtime = runtime()?;
+    match runtime.block_on(load(&options, &mut findings)) {
+        Ok(Some(config)) => {
             findings.push(Finding::ok(
                 options.location.config.display().to_string(),
                 format!("valid; instance {}", config.instance),
             ));
-            let runtime = runtime()?;
             let host = runtime.block_on(async { anyhow::Ok(Host::read(&netlink::connect()?).await?) })?;
             findings.extend(runtime.block_on(source::findings(&config, &host)));
             findings.extend(system::findings(Some(&config)));
             findings.extend(host::findings(&config, &host));
             findings.extend(runtime.block_on(slow_path::findings(&config, &host)));
         }
+        Ok(None) => findings.extend(system::findings(None)),
         Err(problems) => {
             findings.extend(problems.0.into_iter().map(|problem| {
                 let place = if problem.line > 0 {
@@ -117,6 +122,29 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let fit = findings.iter().all(|finding| finding.level < Level::Fail);
     Ok(if fit { ExitCode::SUCCESS } else { ExitCode::from(FOUND) })
+}
+
+/// The configuration, with the subnets that the daemon would choose; `None` if there are none to choose.
+async fn load(options: &Options, findings: &mut Vec<Finding>) -> Result<Option<Config>, Problems> {
+    let (file, overrides) = (&options.location.config, options.overrides());
+    let open = match Config::read(file, &overrides)? {
+        Reading::Complete(config) => return Ok(Some(*config)),
+        Reading::Open(open) => open,
+    };
+    let link = Link::new(open.access.clone());
+    let settled = match announce::settle(&link, &open, open.register, &Timing::default()).await {
+        Ok(settled) => settled,
+        Err(problems) => {
+            findings.extend(problems.into_iter().map(Finding::from));
+            return Ok(None);
+        }
+    };
+    findings.extend(settled.iter().map(|found| {
+        let what = format!("subnet {}: {}", found.subnet, found.reason);
+        Finding::ok(format!("overlay {}", found.overlay), what)
+    }));
+    let subnets = settled.into_iter().map(|found| (found.overlay, found.subnet)).collect();
+    Config::load_with(file, &overrides, subnets).map(Some)
 }
 
 /// The findings for people: one line each, advice below.

@@ -7,7 +7,7 @@ use clap::Args as ClapArgs;
 
 use super::{output::lines, runtime};
 use crate::{
-    config::{Config, DEFAULT_BPFFS, Location, Overlay},
+    config::{Config, DEFAULT_BPFFS, Location, Overlay, open::forget},
     daemon::report::Report,
     dataplane::pins::{InstanceLock, Pins},
     kernel::{
@@ -98,6 +98,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     })?;
     let restored = Settings::open(&target.instance)?.restore()?;
     Report::remove(&target.instance)?;
+    forget(&target.instance).context("cannot forget the choice of a subnet")?;
     lock.remove()?;
     for (key, change) in &restored {
         lines(&format!("{key} restored from {} to {}", change.new, change.old))?;

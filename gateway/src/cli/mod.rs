@@ -9,6 +9,7 @@ pub mod node;
 mod output;
 pub mod run;
 pub mod sessions;
+mod settle;
 pub mod show;
 pub mod status;
 

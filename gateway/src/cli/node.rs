@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::{Args as ClapArgs, Subcommand};
 
-use super::{FOUND, output, runtime};
+use super::{
+    FOUND, output, runtime,
+    settle::{Choice, settled},
+};
 use crate::{
     cluster::{
         announce::{self, Announcement, Done},
@@ -39,8 +42,8 @@ enum Verb {
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     match &args.verb {
         Verb::Render(location) => render(&location.load()?),
-        Verb::Apply(location) => runtime()?.block_on(carry_out(&location.load()?, true)),
-        Verb::Remove(location) => runtime()?.block_on(carry_out(&location.load()?, false)),
+        Verb::Apply(location) => runtime()?.block_on(carry_out(location, true)),
+        Verb::Remove(location) => runtime()?.block_on(carry_out(location, false)),
     }
 }
 
@@ -53,7 +56,9 @@ fn render(config: &Config) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn carry_out(config: &Config, apply: bool) -> anyhow::Result<ExitCode> {
+async fn carry_out(location: &Location, apply: bool) -> anyhow::Result<ExitCode> {
+    let choice = if apply { Choice::Apply } else { Choice::Remove };
+    let config = settled(&location.config, &location.overrides(), choice).await?;
     let Source::Kubernetes(access) = &config.source else {
         bail!(
             "source.kind is \"files\": there is no API server to write to; `gateway node render` prints the Node"
@@ -62,7 +67,7 @@ async fn carry_out(config: &Config, apply: bool) -> anyhow::Result<ExitCode> {
     let link = Link::new(access.clone());
     let timing = Timing::default();
     let mut code = ExitCode::SUCCESS;
-    for announcement in &Announcement::all(config) {
+    for announcement in &Announcement::all(&config) {
         let place = format!("Node {}", announcement.name);
         let (server, result) = match link.get().await {
             Ok(linked) if apply => {

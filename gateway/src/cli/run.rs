@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
+use super::settle::{Choice, settled};
 use crate::{config::Options, daemon::Daemon};
 
 /// Form of the log.
@@ -43,8 +44,9 @@ pub struct Args {
 /// The configuration is invalid, or the datapath cannot run.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     start_log(args)?;
-    let config = args.options.load()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let options = &args.options;
+    let config = runtime.block_on(settled(&options.location.config, &options.overrides(), Choice::Daemon))?;
     runtime.block_on(async {
         let cancel = CancellationToken::new();
         cancel_on_signal(&cancel)?;

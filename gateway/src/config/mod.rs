@@ -1,11 +1,13 @@
 //! The one configuration file, validated as a whole.
 //!
 //! - [`Location`], [`Options`]: the command line arguments that find the file, and override single settings.
+//! - [`open`]: what a file may leave to the gateway.
 //! - `reader`: a typed walk over the TOML document that goes on after a problem, so that all are reported at once.
 //! - `parse`: the keys, their defaults and what each of them may be.
 //! - [`snat`]: the section on source translation.
 //! - `validate`: what must hold between keys.
 
+pub mod open;
 mod options;
 mod parse;
 mod problem;
@@ -28,6 +30,7 @@ use ipnet::Ipv4Net;
 
 use crate::cluster::kubernetes::Access;
 
+pub use open::{Open, OpenOverlay, Reading, Subnets};
 pub use options::{Location, Options, Overrides};
 pub use parse::DEFAULT_BPFFS;
 pub use problem::{Problem, Problems};
@@ -223,6 +226,13 @@ pub struct FlannelSettings {
     pub node: String,
 }
 
+impl FlannelSettings {
+    /// Name of the Node of an overlay, of which there are `count`.
+    pub fn node_of(&self, overlay: &str, count: usize) -> String {
+        if count > 1 { format!("{}-{overlay}", self.node) } else { self.node.clone() }
+    }
+}
+
 impl Config {
     /// The network devices that the configuration names, each once, in its order.
     pub fn devices(&self) -> Vec<&str> {
@@ -236,17 +246,30 @@ impl Config {
     }
 
     /// Reads and validates a configuration file. Everything that is wrong is reported, not only what comes first.
-    pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, Problems> {
+    pub fn read(path: &Path, overrides: &Overrides) -> Result<Reading, Problems> {
         let file = path.display().to_string();
         match fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, &file, overrides),
+            Ok(text) => parse::parse(&text, &file, overrides),
             Err(error) => Err(Problems::unreadable(&file, &error)),
         }
     }
 
+    /// The same, with the subnets that the gateway has chosen before where the file has none.
+    pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, Problems> {
+        match Self::read(path, overrides)? {
+            Reading::Complete(config) => Ok(*config),
+            Reading::Open(open) => Self::load_with(path, overrides, open::remembered(&open.instance)),
+        }
+    }
+
+    /// The same, with these subnets where the file has none.
+    pub fn load_with(path: &Path, overrides: &Overrides, subnets: Subnets) -> Result<Self, Problems> {
+        Self::read(path, &Overrides { subnets, ..overrides.clone() })?.complete()
+    }
+
     /// Validates the text of a configuration file; `file` is its name in problems.
     pub fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Self, Problems> {
-        parse::parse(text, file, overrides)
+        parse::parse(text, file, overrides)?.complete()
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Config, DatapathLog, Problems, XdpMode, parse::check_instance};
+use super::{Config, DatapathLog, Problems, Subnets, XdpMode, parse::check_instance};
 
 /// Command line arguments and environment variables of every verb: which gateway.
 #[derive(Args, Clone, Debug)]
@@ -26,8 +26,12 @@ pub struct Location {
 impl Location {
     /// Reads and validates the configuration.
     pub fn load(&self) -> Result<Config, Problems> {
-        let overrides = Overrides { instance: self.instance.clone(), ..Overrides::default() };
-        Config::load(&self.config, &overrides)
+        Config::load(&self.config, &self.overrides())
+    }
+
+    /// What goes before the file.
+    pub fn overrides(&self) -> Overrides {
+        Overrides { instance: self.instance.clone(), ..Overrides::default() }
     }
 }
 
@@ -57,11 +61,10 @@ pub struct Settings {
 }
 
 impl Options {
-    /// Reads and validates the configuration.
-    pub fn load(&self) -> Result<Config, Problems> {
+    /// What goes before the file.
+    pub fn overrides(&self) -> Overrides {
         let Settings { source_path, xdp_mode, datapath_log } = self.settings.clone();
-        let instance = self.location.instance.clone();
-        Config::load(&self.location.config, &Overrides { instance, source_path, xdp_mode, datapath_log })
+        Overrides { source_path, xdp_mode, datapath_log, ..self.location.overrides() }
     }
 }
 
@@ -76,6 +79,8 @@ pub struct Overrides {
     pub xdp_mode: Option<XdpMode>,
     /// Per-packet log of the program.
     pub datapath_log: Option<DatapathLog>,
+    /// Subnets for overlays of which the file has none; what the file has goes before them.
+    pub subnets: Subnets,
 }
 
 fn parse_instance(text: &str) -> Result<String, String> {

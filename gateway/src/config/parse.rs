@@ -15,7 +15,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::{
     Config, Datapath, DatapathLog, DontFragment, ExtraSource, FlannelSettings, HostSettings, Interface,
-    MetricsSettings, Overlay, Overrides, Problems, Source, SourceCheck, XdpMode,
+    MetricsSettings, Open, OpenOverlay, Overlay, Overrides, Problems, Reading, Source, SourceCheck, Subnets,
+    XdpMode,
     reader::{Located, Parse, Report, Section, convert, kind},
     snat, validate,
 };
@@ -78,6 +79,8 @@ pub(super) struct OverlayDraft {
     pub(super) local: Option<Located<Ipv4Addr>>,
     pub(super) mac: Option<Located<Mac>>,
     pub(super) subnet: Option<Located<Ipv4Net>>,
+    /// Path of the key `subnet`, if choosing it is left to the gateway.
+    pub(super) open: Option<String>,
     pub(super) address: Optional<Ipv4Addr>,
     pub(super) network: Optional<Ipv4Net>,
     pub(super) direct_routing: Option<Located<bool>>,
@@ -91,7 +94,7 @@ pub(super) struct OverlayDraft {
     pub(super) annotation_prefix: Option<Located<String>>,
 }
 
-pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Config, Problems> {
+pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Reading, Problems> {
     let report = Report::new(file, text);
     let (document, errors) = DeTable::parse_recoverable(text);
     for error in &errors {
@@ -111,6 +114,7 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
     let interfaces: Option<Vec<InterfaceDraft>> = root
         .sections("interface")
         .map(|sections| sections.into_iter().map(|s| read_interface(s, &report)).collect());
+    let read_overlay = |section| read_overlay(section, &overrides.subnets);
     let overlays: Option<Vec<OverlayDraft>> =
         root.sections("overlay").map(|sections| sections.into_iter().map(read_overlay).collect());
     let snat = snat::read(root.section("snat"), &report);
@@ -122,9 +126,18 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
 
     validate::interfaces(&report, interfaces.as_deref());
     validate::overlays(&report, overlays.as_deref());
+    validate::open(&report, source.as_ref(), overlays.as_deref());
     let xdp_mode = datapath.as_ref().map(|datapath| datapath.xdp_mode);
     validate::mode(&report, xdp_mode, overlays.as_deref());
     let snat = snat.finish(&report, overlays.as_deref(), xdp_mode);
+    if report.is_empty()
+        && let Some(open) = open(instance.as_deref(), source.as_ref(), flannel.as_ref(), overlays.as_deref())
+    {
+        for overlay in overlays.iter().flatten() {
+            validate::unchosen(&report, overlay);
+        }
+        return Ok(Reading::Open(Open { problems: Problems(report.into_problems()), ..open }));
+    }
     let config = (|| {
         Some(Config {
             instance: instance?,
@@ -139,9 +152,44 @@ pub(super) fn parse(text: &str, file: &str, overrides: &Overrides) -> Result<Con
         })
     })();
     match config {
-        Some(config) if report.is_empty() => Ok(config),
+        Some(config) if report.is_empty() => Ok(Reading::Complete(Box::new(config))),
         _ => Err(Problems(report.into_problems())),
     }
+}
+
+/// What is left to the gateway; `None` if nothing is, or if it cannot be told.
+fn open(
+    instance: Option<&str>,
+    source: Option<&Source>,
+    flannel: Option<&FlannelSettings>,
+    overlays: Option<&[OverlayDraft]>,
+) -> Option<Open> {
+    let Source::Kubernetes(access) = source? else { return None };
+    let (instance, flannel, drafts) = (instance?.to_owned(), flannel?, overlays?);
+    let overlays: Vec<OpenOverlay> = drafts
+        .iter()
+        .filter(|draft| draft.open.is_some())
+        .map(|draft| {
+            let name = draft.name.as_ref()?.value.clone();
+            Some(OpenOverlay {
+                node: flannel.node_of(&name, drafts.len()),
+                name,
+                local: draft.local.as_ref()?.value,
+                mac: draft.mac.as_ref()?.value,
+                network: draft.network.given().map(|network| network.value),
+                annotation_prefix: draft.annotation_prefix.as_ref()?.value.clone(),
+            })
+        })
+        .collect::<Option<_>>()?;
+    let taken = drafts.iter().filter_map(|draft| draft.subnet.as_ref()).map(|subnet| subnet.value).collect();
+    (!overlays.is_empty()).then(|| Open {
+        instance,
+        access: access.clone(),
+        register: flannel.register,
+        overlays,
+        taken,
+        problems: Problems(Vec::new()),
+    })
 }
 
 fn read_source(mut section: Section<'_>, overrides: &Overrides) -> Option<Source> {
@@ -232,10 +280,12 @@ impl InterfaceDraft {
     }
 }
 
-fn read_overlay(mut section: Section<'_>) -> OverlayDraft {
+fn read_overlay(mut section: Section<'_>, chosen: &Subnets) -> OverlayDraft {
+    let name = section.require("name", OVERLAY_NAME, "name the overlay, such as name = \"flannel\"");
+    let (subnet, open) = read_subnet(&mut section, name.as_ref(), chosen);
     let draft = OverlayDraft {
         at: section.at(),
-        name: section.require("name", OVERLAY_NAME, "name the overlay, such as name = \"flannel\""),
+        name,
         vni: read_or(&mut section, "vni", VNI, Vni::new(DEFAULT_VNI).expect("fits 24 bits")),
         port: read_or(&mut section, "port", PORT, DEFAULT_PORT),
         local: section.require(
@@ -248,11 +298,8 @@ fn read_overlay(mut section: Section<'_>) -> OverlayDraft {
             STATION_MAC,
             "write the VtepMAC of the gateway's Node, such as mac = \"0e:11:22:33:44:55\"",
         ),
-        subnet: section.require(
-            "subnet",
-            SUBNET,
-            "write the podCIDR of the gateway's Node, such as subnet = \"10.244.30.0/24\"",
-        ),
+        subnet,
+        open,
         address: read_optional(&mut section, "address", IPV4),
         network: read_optional(&mut section, "network", SUBNET),
         direct_routing: read_or(&mut section, "direct_routing", BOOLEAN, false),
@@ -272,6 +319,25 @@ fn read_overlay(mut section: Section<'_>) -> OverlayDraft {
     };
     section.finish();
     draft
+}
+
+/// The subnet: what the file says, else what was chosen, else the key's path.
+fn read_subnet(
+    section: &mut Section<'_>,
+    overlay: Option<&Located<String>>,
+    chosen: &Subnets,
+) -> (Option<Located<Ipv4Net>>, Option<String>) {
+    match read_optional(section, "subnet", SUBNET) {
+        Optional::Given(subnet) => (Some(subnet), None),
+        Optional::Wrong => (None, None),
+        Optional::Absent => {
+            let key = section.path("subnet");
+            match overlay.and_then(|name| chosen.get(&name.value)) {
+                Some(subnet) => (Some(Located { value: *subnet, at: section.at(), key }), None),
+                None => (None, Some(key)),
+            }
+        }
+    }
 }
 
 impl OverlayDraft {

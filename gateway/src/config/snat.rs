@@ -12,6 +12,7 @@ use super::{
     XdpMode,
     parse::{IPV4, Optional, OverlayDraft, TABLE_SIZE, integer, read_optional, read_or, text},
     reader::{Located, Parse, Report, Section, convert, kind},
+    validate::{UNKNOWN_SUBNET, WRITE_SUBNET},
 };
 
 /// Entries that the session tables have for sessions that end while others begin.
@@ -457,6 +458,15 @@ impl SnatDraft {
                 ),
             }
         }
+        let written = |address: Ipv4Addr| {
+            let mut subnets = overlays.iter().filter_map(|overlay| overlay.subnet.as_ref());
+            subnets.any(|subnet| subnet.value.contains(&address))
+        };
+        if let Some(address) = given.filter(|address| !written(address.value))
+            && overlays.iter().any(|overlay| overlay.open.is_some())
+        {
+            address.note(report, UNKNOWN_SUBNET, WRITE_SUBNET);
+        }
         let mut addresses = Vec::new();
         for overlay in overlays {
             let subnet = overlay.subnet.as_ref()?;
@@ -607,6 +617,10 @@ fn within_pools(report: &Report<'_>, pools: &[PoolDraft], overlays: &[OverlayDra
                             "pods answer only addresses of the gateway's subnet: choose addresses there",
                         );
                         // One is enough: a range that lies elsewhere does so with all that it has.
+                        break;
+                    }
+                    None if overlays.iter().any(|overlay| overlay.open.is_some()) => {
+                        entry.note(report, UNKNOWN_SUBNET, WRITE_SUBNET);
                         break;
                     }
                     None => {}

@@ -326,6 +326,7 @@ fn overrides_go_before_the_file() {
         source_path: Some("/elsewhere".into()),
         xdp_mode: Some(XdpMode::Generic),
         datapath_log: Some(DatapathLog::Debug),
+        ..Overrides::default()
     };
     // The file's own path is missing: the override mends that.
     let config = Config::parse(&MINIMAL.replace("path = \"/m\"\n", ""), "f", &overrides).unwrap();
@@ -347,7 +348,7 @@ fn command_line_and_file_meet() {
     fs::write(&path, MINIMAL).unwrap();
     let arguments = ["x", "--config", path.to_str().unwrap(), "--xdp-mode", "generic", "--instance", "two"];
     let cli = <Cli as clap::Parser>::try_parse_from(arguments).unwrap();
-    let config = cli.options.load().unwrap();
+    let config = Config::load(&cli.options.location.config, &cli.options.overrides()).unwrap();
     assert_eq!((config.instance.as_str(), config.datapath.xdp_mode), ("two", XdpMode::Generic));
 
     let wrong = <Cli as clap::Parser>::try_parse_from(["x", "--instance", "a/b"]);
@@ -579,4 +580,46 @@ fn the_document_tells_the_timeouts() {
         let seconds: u32 = line.split('|').nth(2).unwrap().trim().parse().unwrap();
         assert_eq!(ticks(seconds), value, "{key}");
     }
+}
+
+/// What was chosen stands in for the key; without it everything else is checked all the same.
+#[test]
+fn a_subnet_may_be_left_to_the_gateway() {
+    let open = MINIMAL
+        .replace("kind = \"files\"\npath = \"/m\"", "kind = \"kubernetes\"")
+        .replace("subnet = \"10.244.30.0/24\"\n", "network = \"10.244.0.0/16\"\n");
+    let found = problems(&open);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].1 == "overlay[0].subnet" && found[0].2.contains("has not chosen one yet"), "{found:?}");
+
+    let with = |text: &str, subnet: &str| {
+        let subnets = [("flannel".to_owned(), subnet.parse().unwrap())].into();
+        Config::parse(text, "gateway.toml", &Overrides { subnets, ..Overrides::default() })
+    };
+    let config = with(&open, "10.244.255.0/24").unwrap();
+    assert_eq!(config.overlays[0].address, Ipv4Addr::new(10, 244, 255, 0));
+    assert_eq!(config.snat.pools[0].addresses, [Ipv4Addr::new(10, 244, 255, 254)]);
+    let problems = with(&open, "10.245.0.0/24").unwrap_err();
+    assert!(problems.to_string().contains("overlay[0].subnet: 10.245.0.0/24 is outside"), "{problems}");
+    let written = open.replace("network =", "subnet = \"10.244.30.0/24\"\nnetwork =");
+    let config = with(&written, "10.244.255.0/24").unwrap();
+    assert_eq!(config.overlays[0].subnet, "10.244.30.0/24".parse().unwrap(), "the file goes first");
+}
+
+/// Addresses in a subnet that nobody knows yet cannot be right.
+#[rstest]
+#[case::files("", "kind = \"files\"\npath = \"/m\"", "only with kind = \"kubernetes\"")]
+#[case::address("address = \"10.244.30.1\"", "kind = \"kubernetes\"", "overlay[0].address: must lie in")]
+#[case::automap("[snat]\naddress = \"10.244.30.9\"", "kind = \"kubernetes\"", "snat.address: must lie in")]
+#[case::pool(
+    "[snat]\nmode = \"pool\"\n[[snat.pool]]\nname = \"a\"\naddresses = [\"10.244.30.9\", \"10.244.30.10-10.244.30.12\"]",
+    "kind = \"kubernetes\"",
+    "snat.pool[0].addresses[0]: must lie in"
+)]
+fn an_open_subnet_has_no_addresses_yet(#[case] more: &str, #[case] source: &str, #[case] told: &str) {
+    let text = MINIMAL
+        .replace("kind = \"files\"\npath = \"/m\"", source)
+        .replace("subnet = \"10.244.30.0/24\"", more);
+    let found = problems(&text);
+    assert!(found.iter().any(|(_, _, text)| text.contains(told)), "{found:#?}");
 }

@@ -12,7 +12,7 @@ use gateway_common::abi::{MAX_OVERLAYS, MAX_PORTS, MAX_VLANS, Roles};
 use ipnet::Ipv4Net;
 
 use super::{
-    DontFragment, XdpMode,
+    DontFragment, Source, XdpMode,
     parse::{DEFAULT_TTL, InterfaceDraft, Optional, OverlayDraft},
     reader::{Located, Report},
 };
@@ -148,6 +148,42 @@ fn within(report: &Report<'_>, overlay: &OverlayDraft) {
                 );
             }
         }
+    }
+}
+
+/// Whether a subnet may be left out: somebody must be there who knows what is taken.
+pub(super) fn open(report: &Report<'_>, source: Option<&Source>, overlays: Option<&[OverlayDraft]>) {
+    for overlay in overlays.unwrap_or_default() {
+        let Some(key) = &overlay.open else { continue };
+        if let Some(Source::Files { .. }) = source {
+            report.missing(
+                overlay.at,
+                key.as_str(),
+                "is missing",
+                "write the podCIDR of the gateway's Node, such as subnet = \"10.244.30.0/24\"; the gateway chooses one \
+                 by itself only with kind = \"kubernetes\" under [source]",
+            );
+        }
+        if let Some(address) = overlay.address.given() {
+            address.note(report, UNKNOWN_SUBNET, WRITE_SUBNET);
+        }
+    }
+}
+
+/// An address was written for a subnet that was not.
+pub(super) const UNKNOWN_SUBNET: &str = "must lie in the overlay's subnet, which is left to the gateway";
+pub(super) const WRITE_SUBNET: &str = "write subnet in the [[overlay]] as well, or leave this key out";
+
+/// Notes that nobody has chosen the subnet that is left to the gateway.
+pub(super) fn unchosen(report: &Report<'_>, overlay: &OverlayDraft) {
+    if let Some(key) = &overlay.open {
+        report.missing(
+            overlay.at,
+            key.as_str(),
+            "is left to the gateway, which has not chosen one yet",
+            "`gateway run` with register = true under [flannel], or `gateway node apply`, chooses one that no node \
+             has; or write it here",
+        );
     }
 }
 

@@ -21,7 +21,9 @@ use tracing::{info, warn};
 use super::node::{Action, Announcement};
 use crate::{
     cluster::{
-        kubernetes::{Failure, LEASE_NAMESPACE, Link, Linked, Request, Timing, exchange, read_net_conf},
+        kubernetes::{
+            Failure, Kind, LEASE_NAMESPACE, Link, Linked, Request, Timing, exchange, read_net_conf,
+        },
         problem::{Problem, ProblemList},
     },
     config::Config,
@@ -86,6 +88,14 @@ fn leases() -> kube::core::Request {
     kube::core::Request::new(format!("/apis/coordination.k8s.io/v1/namespaces/{LEASE_NAMESPACE}/leases"))
 }
 
+/// All Nodes of the cluster.
+pub(super) async fn list(linked: &Linked, timing: &Timing) -> Result<Vec<Node>, Failure> {
+    let right = Request::List(Kind::Node).right();
+    let all: ObjectList<Node> =
+        exchange::fetch(linked, right, nodes().list(&ListParams::default()), timing.idle).await?;
+    Ok(all.items)
+}
+
 async fn get(linked: &Linked, name: &str, timing: &Timing) -> Result<Option<Node>, Failure> {
     let request = nodes().get(name, &GetParams::default());
     found(exchange::fetch(linked, Request::GetNode.right(), request, timing.idle).await)
@@ -145,10 +155,7 @@ pub async fn apply(linked: &Linked, announcement: &Announcement, timing: &Timing
 
 /// Whether the Node may be written.
 async fn refuse_harm(linked: &Linked, announcement: &Announcement, timing: &Timing) -> Result<(), Refusal> {
-    let right = Request::List(crate::cluster::kubernetes::Kind::Node).right();
-    let all: ObjectList<Node> =
-        exchange::fetch(linked, right, nodes().list(&ListParams::default()), timing.idle).await?;
-    let mut problems = announcement.collisions(&all.items);
+    let mut problems = announcement.collisions(&list(linked, timing).await?);
     if let Some(Ok(conf)) = read_net_conf(linked, timing).await?
         && conf.ipv6
     {

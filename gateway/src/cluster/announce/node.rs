@@ -48,16 +48,12 @@ pub(super) enum Action {
 impl Announcement {
     /// All that a configuration asks for: one for each overlay.
     pub fn all(config: &Config) -> Vec<Self> {
-        let many = config.overlays.len() > 1;
-        let name = |overlay: &Overlay| {
-            let node = &config.flannel.node;
-            if many { format!("{node}-{}", overlay.name) } else { node.clone() }
-        };
+        let count = config.overlays.len();
         config
             .overlays
             .iter()
             .map(|overlay| Self {
-                name: name(overlay),
+                name: config.flannel.node_of(&overlay.name, count),
                 instance: config.instance.clone(),
                 overlay: overlay.clone(),
             })
@@ -193,14 +189,19 @@ impl Announcement {
             };
             for cidr in pod_cidrs(node) {
                 let IpNet::V4(cidr) = cidr else { continue };
-                if cidr.contains(subnet) || subnet.contains(&cidr) {
-                    let free = free_subnet(self.overlay.network, subnet.prefix_len(), nodes);
+                if overlap(cidr, *subnet) {
+                    let network = self.overlay.network;
+                    let free =
+                        network.and_then(|network| free_subnet(network, subnet.prefix_len(), nodes, &[]));
                     let free = free.map_or_else(String::new, |free| format!(", such as {free}"));
                     clash(
                         format!(
                             "its podCIDR {subnet} overlaps {cidr} of Node {owner}: that node would lose its route"
                         ),
-                        format!("choose a subnet that no node has{free}"),
+                        format!(
+                            "write a subnet that no node has{free}, or leave the key out and start the gateway again: it \
+                             chooses one"
+                        ),
                     );
                 }
             }
@@ -225,25 +226,28 @@ impl Announcement {
     }
 }
 
-/// A subnet of the network that no node has.
-pub(super) fn free_subnet(network: Option<Ipv4Net>, length: u8, nodes: &[Node]) -> Option<Ipv4Net> {
-    let taken: Vec<Ipv4Net> = nodes
-        .iter()
-        .flat_map(pod_cidrs)
-        .filter_map(|cidr| match cidr {
-            IpNet::V4(cidr) => Some(cidr),
-            IpNet::V6(_) => None,
-        })
-        .collect();
+/// The last subnet of the network that no node has, nor anybody else.
+pub(super) fn free_subnet(
+    network: Ipv4Net,
+    length: u8,
+    nodes: &[Node],
+    others: &[Ipv4Net],
+) -> Option<Ipv4Net> {
+    let mut taken = others.to_vec();
+    taken.extend(nodes.iter().flat_map(pod_cidrs).filter_map(|cidr| match cidr {
+        IpNet::V4(cidr) => Some(cidr),
+        IpNet::V6(_) => None,
+    }));
     // From the end: the controller manager gives out from the beginning.
-    let subnets: Vec<Ipv4Net> = network?.subnets(length).ok()?.take(1 << 16).collect();
-    subnets
-        .into_iter()
-        .rev()
-        .find(|free| !taken.iter().any(|cidr| cidr.contains(free) || free.contains(cidr)))
+    let subnets: Vec<Ipv4Net> = network.subnets(length).ok()?.take(1 << 16).collect();
+    subnets.into_iter().rev().find(|free| !taken.iter().any(|cidr| overlap(*cidr, *free)))
 }
 
-fn pod_cidrs(node: &Node) -> Vec<IpNet> {
+pub(super) fn overlap(a: Ipv4Net, b: Ipv4Net) -> bool {
+    a.contains(&b) || b.contains(&a)
+}
+
+pub(super) fn pod_cidrs(node: &Node) -> Vec<IpNet> {
     let Some(spec) = &node.spec else { return Vec::new() };
     let list = spec.pod_cidrs.iter().flatten();
     let list: Vec<IpNet> = list.filter_map(|cidr| cidr.parse().ok()).collect();
@@ -251,7 +255,7 @@ fn pod_cidrs(node: &Node) -> Vec<IpNet> {
 }
 
 /// The MAC address in the annotation, in one spelling.
-fn vtep_mac(data: &str) -> Option<String> {
+pub(super) fn vtep_mac(data: &str) -> Option<String> {
     let data: Value = serde_json::from_str(data).ok()?;
     let fields = data.as_object()?;
     let (_, mac) = fields.iter().find(|(key, _)| key.eq_ignore_ascii_case("VtepMAC"))?;

@@ -146,7 +146,8 @@ fn a_free_subnet_is_one_that_no_node_has() {
     let node = |cidr: &str| live(|node| node["spec"] = json!({ "podCIDR": cidr, "podCIDRs": [cidr] }));
     let network = "10.244.0.0/22".parse().unwrap();
     let nodes = [node("10.244.3.0/24"), node("10.244.2.128/25")];
-    assert_eq!(free_subnet(Some(network), 24, &nodes), Some("10.244.1.0/24".parse().unwrap()));
-    assert_eq!(free_subnet(Some(network), 24, &[node("10.244.0.0/16")]), None);
-    assert_eq!(free_subnet(None, 24, &nodes), None);
+    assert_eq!(free_subnet(network, 24, &nodes, &[]), Some("10.244.1.0/24".parse().unwrap()));
+    let others = ["10.244.1.0/25".parse().unwrap()];
+    assert_eq!(free_subnet(network, 24, &nodes, &others), Some("10.244.0.0/24".parse().unwrap()));
+    assert_eq!(free_subnet(network, 24, &[node("10.244.0.0/16")], &[]), None);
 }

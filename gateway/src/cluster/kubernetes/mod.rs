@@ -32,7 +32,7 @@ pub use self::{
     access::{Access, Link, Linked},
     failure::Failure,
     health::{Freshness, Health},
-    netconf::{NetConf, compare, findings, read_net_conf},
+    netconf::{NetConf, compare, findings, is_of_flannel, read_net_conf},
     request::{FLANNEL_CONFIG, FLANNEL_NAMESPACES, LEASE_NAMESPACE, Request, Right},
 };
 use self::{

@@ -30,6 +30,11 @@ const OVERHEAD: u32 = 50;
 /// The overlay that `kube-flannel-cfg` is about has flannel's own annotations.
 const OWN_PREFIX: &str = "flannel.alpha.coreos.com/";
 
+/// Whether flannel's configuration is about the overlay with these annotations.
+pub fn is_of_flannel(annotation_prefix: &str) -> bool {
+    annotation_prefix == OWN_PREFIX
+}
+
 /// flannel's `net-conf.json`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConf {
@@ -235,7 +240,7 @@ pub fn findings(
     let underlay = underlay(interfaces);
     overlays
         .iter()
-        .filter(|overlay| overlay.annotation_prefix == OWN_PREFIX)
+        .filter(|overlay| is_of_flannel(&overlay.annotation_prefix))
         .flat_map(|overlay| compare(conf, overlay, underlay))
         .collect()
 }
