@@ -38,7 +38,7 @@ enum Verb {
     /// Run the tests
     Test(test::Options),
     /// Show the gateway at work on real packets, then clean up
-    Demo,
+    Demo(demo::Options),
     /// Measure
     Bench(bench::Options),
     /// Keep the test network standing to play with
@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         Verb::Verify(options) => verify::run(&options),
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
-        Verb::Demo => demo::run(),
+        Verb::Demo(options) => demo::run(&options),
         Verb::Bench(options) => bench::run(&options),
         Verb::Lab(options) => lab::run(&options),
     };

@@ -10,6 +10,10 @@
 //! asks for pods by ARP; `client2` uses the gateway as its router. Each node has what flanneld programs: the device
 //! `flannel.1` (no learning, MTU 1450, address `10.244.N.0/32`), and for every other node and the gateway a route by way of
 //! the other's overlay address, a permanent neighbour and a permanent forwarding entry. Nothing learns, floods or asks.
+//!
+//! The cluster's objects are manifest files, and the lab programs the nodes by itself; or they are kept by an API server
+//! ([`Cluster`]), and on every node a stand-in for flanneld programs what it learns there. The gateway's Node is then for the
+//! gateway to make.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,9 +25,12 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use gateway_common::wire::Mac;
 use ipnet::Ipv4Net;
+use serde_json::Value;
 
 use super::{
+    cluster::Cluster,
     evidence_directory,
+    flanneld::Flanneld,
     host::{Host, Role},
     manifest::{self, NodeFacts, PodFacts},
     netns::{self, Namespace},
@@ -67,7 +74,8 @@ pub const SWITCH: &str = "br0";
 pub const LAN: &str = "lan";
 /// The switch of gateway and nodes.
 pub const UNDERLAY_SWITCH: &str = "underlay";
-const GATEWAY: &str = "gateway";
+/// Name of the gateway host.
+pub const GATEWAY: &str = "gateway";
 const PODS_PER_NODE: u8 = 2;
 
 const fn net(address: Ipv4Addr, length: u8) -> Ipv4Net {
@@ -142,6 +150,9 @@ impl Node {
 /// The topology, standing.
 #[derive(Debug)]
 pub struct Flannel {
+    // First: what works in the namespaces.
+    flannelds: BTreeMap<Node, Flanneld>,
+    cluster: Option<Cluster>,
     hosts: BTreeMap<String, Host>,
     nodes: BTreeSet<Node>,
     directory: PathBuf,
@@ -153,14 +164,25 @@ impl Flannel {
     /// Builds the lab with three nodes of two pods each. It ends when the value is dropped; its evidence stays in
     /// `target/lab/<label>`.
     pub fn start(label: &str) -> Result<Self> {
-        Self::build(Claim::transient()?, &evidence_directory(label)?)
+        Self::build(Claim::transient()?, &evidence_directory(label)?, None)
+    }
+
+    /// The same with the cluster's objects on an API server.
+    pub fn start_on(label: &str, cluster: Cluster) -> Result<Self> {
+        Self::build(Claim::transient()?, &evidence_directory(label)?, Some(cluster))
     }
 
     /// Builds the lab under a claim, with evidence, manifests and configuration in `directory`, which is emptied first.
-    pub fn build(claim: Claim, directory: &Path) -> Result<Self> {
+    pub fn build(claim: Claim, directory: &Path, cluster: Option<Cluster>) -> Result<Self> {
         Host::fresh_directory(directory)?;
-        let mut lab =
-            Self { hosts: BTreeMap::new(), nodes: BTreeSet::new(), directory: directory.to_owned(), claim };
+        let mut lab = Self {
+            flannelds: BTreeMap::new(),
+            cluster,
+            hosts: BTreeMap::new(),
+            nodes: BTreeSet::new(),
+            directory: directory.to_owned(),
+            claim,
+        };
         fs::create_dir_all(lab.manifests())
             .with_context(|| format!("cannot create {}", lab.manifests().display()))?;
         lab.add_switch(LAN)?;
@@ -187,6 +209,22 @@ impl Flannel {
     /// Directory of the Kubernetes manifests.
     pub fn manifests(&self) -> PathBuf {
         self.directory.join("manifests")
+    }
+
+    /// The API server that keeps the cluster's objects.
+    ///
+    /// # Panics
+    /// When they are manifest files.
+    pub fn cluster(&self) -> &Cluster {
+        self.cluster.as_ref().expect("the lab was started on an API server")
+    }
+
+    /// The same, to be stopped and started.
+    ///
+    /// # Panics
+    /// Likewise.
+    pub fn cluster_mut(&mut self) -> &mut Cluster {
+        self.cluster.as_mut().expect("the lab was started on an API server")
     }
 
     /// The gateway's configuration.
@@ -277,10 +315,16 @@ impl Flannel {
         wiring::bridge(namespace, CNI, INNER_MTU)?;
         wiring::address(namespace, CNI, net(node.pod_address(0), 24))?;
 
-        learn(namespace, Vtep::GATEWAY)?;
-        for other in self.nodes() {
-            learn(namespace, other.as_vtep())?;
-            learn(self.node(other).namespace(), node.as_vtep())?;
+        if let Some(cluster) = &self.cluster {
+            let log = host.evidence_file("flanneld.log");
+            let flanneld = cluster.flanneld(&name, namespace, &log)?;
+            self.flannelds.insert(node, flanneld);
+        } else {
+            learn(namespace, Vtep::GATEWAY)?;
+            for other in self.nodes() {
+                learn(namespace, other.as_vtep())?;
+                learn(self.node(other).namespace(), node.as_vtep())?;
+            }
         }
         self.nodes.insert(node);
         for number in 1..=PODS_PER_NODE {
@@ -292,15 +336,18 @@ impl Flannel {
     /// Takes a node out of the cluster, with its pods: manifests, what flanneld programmed for it, the host itself.
     pub fn remove_node(&mut self, node: Node) -> Result<()> {
         ensure!(self.nodes.remove(&node), "no node {}", node.name());
-        manifest::remove(&self.manifests(), "Node", &node.name())?;
+        self.flannelds.remove(&node);
+        self.withdraw("Node", &node.name())?;
         let prefix = format!("pod{}-", node.number);
         let pods: Vec<String> = self.hosts.keys().filter(|name| name.starts_with(&prefix)).cloned().collect();
         for pod in pods {
-            manifest::remove(&self.manifests(), "Pod", &pod)?;
+            self.withdraw("Pod", &pod)?;
             self.remove_host(&pod)?;
         }
-        for other in self.nodes() {
-            forget(self.node(other).namespace(), node.as_vtep())?;
+        if self.cluster.is_none() {
+            for other in self.nodes() {
+                forget(self.node(other).namespace(), node.as_vtep())?;
+            }
         }
         self.remove_host(&node.name())
     }
@@ -326,7 +373,7 @@ impl Flannel {
             host_ip: node.endpoint(),
             ip: node.pod_address(number),
         };
-        manifest::write(&self.manifests(), &manifest::pod(&facts))
+        self.declare(&manifest::pod(&facts))
     }
 
     /// Moves a pod to another node with its address and all its connections: its interface is plugged in there, the node
@@ -344,14 +391,30 @@ impl Flannel {
         // Its router is another host now.
         self.pod(from, number).run(&["ip", "neigh", "flush", "dev", NIC])?;
         let facts = PodFacts { name: &name, node: &to.name(), host_ip: to.endpoint(), ip: address };
-        manifest::write(&self.manifests(), &manifest::pod(&facts))
+        self.declare(&manifest::pod(&facts))
     }
 
     /// Ends a pod and removes its manifest.
     pub fn remove_pod(&mut self, node: Node, number: u8) -> Result<()> {
         let name = node.pod(number);
-        manifest::remove(&self.manifests(), "Pod", &name)?;
+        self.withdraw("Pod", &name)?;
         self.remove_host(&name)
+    }
+
+    /// Writes an object of the cluster.
+    fn declare(&self, object: &Value) -> Result<()> {
+        match &self.cluster {
+            Some(cluster) => cluster.put(object),
+            None => manifest::write(&self.manifests(), object),
+        }
+    }
+
+    /// Removes an object of the cluster.
+    fn withdraw(&self, kind: &str, name: &str) -> Result<()> {
+        match &self.cluster {
+            Some(cluster) => cluster.remove(kind, name),
+            None => manifest::remove(&self.manifests(), kind, name),
+        }
     }
 
     fn add_switch(&mut self, name: &str) -> Result<()> {
@@ -383,19 +446,45 @@ impl Flannel {
         wiring::address(host.namespace(), UNDERLAY, net(GATEWAY_ENDPOINT, 24))?;
         wiring::sysctl(host.namespace(), "ipv4/ip_forward", "1")?;
         wiring::sysctl(host.namespace(), "ipv4/conf/all/rp_filter", "2")?;
+        let kubeconfig = self.directory.join("kubeconfig");
+        if let Some(cluster) = &mut self.cluster {
+            cluster.connect(self.hosts[GATEWAY].namespace(), &kubeconfig)?;
+        }
         fs::write(self.config(), self.configuration())
             .with_context(|| format!("cannot write {}", self.config().display()))?;
+        if self.cluster.is_some() {
+            return Ok(());
+        }
         // Its Node object is what made the nodes learn it; the gateway must know itself in it.
         self.write_node(GATEWAY, Vtep::GATEWAY)
     }
 
     fn configuration(&self) -> String {
+        let (source, prefix) = match &self.cluster {
+            None => (
+                format!("[source]\nkind = \"files\"\npath = \"{}\"", self.manifests().display()),
+                String::new(),
+            ),
+            Some(cluster) => (
+                format!(
+                    r#"[source]
+kind = "kubernetes"
+kubeconfig = "{kubeconfig}"
+
+[flannel]
+register = true
+heartbeat = true
+node = "{node}""#,
+                    kubeconfig = self.directory.join("kubeconfig").display(),
+                    node = cluster.node_name(GATEWAY),
+                ),
+                format!("annotation_prefix = \"{}\"\n", cluster.annotation_prefix()),
+            ),
+        };
         format!(
             r#"instance = "{instance}"
 
-[source]
-kind = "files"
-path = "{manifests}"
+{source}
 
 [[interface]]
 name = "{EXTERNAL}"
@@ -413,16 +502,15 @@ local = "{GATEWAY_ENDPOINT}"
 mac = "{GATEWAY_VTEP}"
 subnet = "{GATEWAY_SUBNET}"
 network = "{NETWORK}"
-"#,
+{prefix}"#,
             instance = self.instance(),
-            manifests = self.manifests().display(),
         )
     }
 
     fn write_node(&self, name: &str, vtep: Vtep) -> Result<()> {
         let facts =
             NodeFacts { name, address: vtep.endpoint, pod_cidr: vtep.subnet, vni: VNI, mac: vtep.mac };
-        manifest::write(&self.manifests(), &manifest::node(&facts))
+        self.declare(&manifest::node(&facts))
     }
 
     /// Makes an empty host.

@@ -216,7 +216,6 @@ pub fn is_settled(host: &Host, program: &Path, config: &Path, id: u32) -> Result
 pub fn command(program: &Path, config: &Path, verb: &[&str]) -> Result<Vec<String>> {
     let words = [program.to_str(), config.to_str()];
     let [Some(program), Some(config)] = words else { bail!("a path is not UTF-8: {words:?}") };
-    let (first, rest) = verb.split_first().context("a call of the gateway needs a verb")?;
-    let words = [&[program, first, "--config", config], rest].concat();
+    let words = [&[program], verb, &["--config", config]].concat();
     Ok(words.into_iter().map(str::to_owned).collect())
 }

@@ -8,6 +8,7 @@
 //! - [`traced`]: a program that dies between two of its system calls.
 //! - [`frames`]: frames built by hand, right and wrong.
 //! - [`Gateway`]: the gateway under test.
+//! - [`Cluster`]: an API server that keeps the cluster's objects; its nodes learn of one another as flannel's do.
 //! - [`registry`]: how labs end.
 //!
 //! Two properties of veth devices shape the wiring. Packets that the kernel itself sends carry unfinished checksums,
@@ -16,7 +17,9 @@
 //! that passes everything ([`pass`]).
 
 pub mod capture;
+pub mod cluster;
 pub mod flannel;
+mod flanneld;
 pub mod frames;
 pub mod gateway;
 pub mod host;
@@ -26,6 +29,7 @@ pub mod outside;
 pub mod pass;
 pub mod process;
 pub mod registry;
+pub mod relay;
 pub mod standing;
 pub mod stream;
 pub mod traced;
@@ -43,6 +47,7 @@ use anyhow::{Context, Result, bail};
 
 pub use self::{
     capture::Capture,
+    cluster::Cluster,
     flannel::Flannel,
     gateway::Gateway,
     host::{Host, Role},

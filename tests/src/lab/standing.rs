@@ -50,7 +50,7 @@ impl Standing {
             bail!("the lab is up already; `cargo xtask lab status` shows it, `cargo xtask lab down` ends it");
         }
         registry::remove(STANDING)?;
-        let mut lab = Flannel::build(Claim::standing()?, &evidence_directory(STANDING)?)?;
+        let mut lab = Flannel::build(Claim::standing()?, &evidence_directory(STANDING)?, None)?;
         lab.add_outside()?;
         let gateway = Gateway::start(&lab)?;
         gateway.wait_ready(&lab)?;

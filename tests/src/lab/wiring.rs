@@ -143,10 +143,10 @@ pub fn address(namespace: &Namespace, name: &str, address: Ipv4Net) -> Result<()
     })
 }
 
-/// Adds a route.
+/// Adds a route; one to the same destination is replaced.
 pub fn route(namespace: &Namespace, destination: Ipv4Net, via: Via<'_>) -> Result<()> {
     netlink(namespace, &format!("route {destination} {via:?}"), async |handle| {
-        Ok(handle.route().add(route_message(destination, via)?.build()).execute().await?)
+        Ok(handle.route().add(route_message(destination, via)?.build()).replace().execute().await?)
     })
 }
 
@@ -157,11 +157,12 @@ pub fn delete_route(namespace: &Namespace, destination: Ipv4Net, via: Via<'_>) -
     })
 }
 
-/// Adds a permanent neighbour: `ip neigh add ADDRESS lladdr MAC dev NAME nud permanent`.
+/// Adds or changes a permanent neighbour: `ip neigh replace ADDRESS lladdr MAC dev NAME nud permanent`.
 pub fn neighbour(namespace: &Namespace, name: &str, address: Ipv4Addr, mac: Mac) -> Result<()> {
     netlink(namespace, &format!("neighbour {address} on {name}"), async |handle| {
         let request = handle.neighbours().add(index(name)?, IpAddr::V4(address));
-        Ok(request.state(NeighbourState::Permanent).link_layer_address(&mac.octets).execute().await?)
+        let request = request.state(NeighbourState::Permanent).link_layer_address(&mac.octets);
+        Ok(request.replace().execute().await?)
     })
 }
 
@@ -176,12 +177,14 @@ pub fn delete_neighbour(namespace: &Namespace, name: &str, address: Ipv4Addr) ->
     })
 }
 
-/// Adds a permanent forwarding entry of a VXLAN device: `bridge fdb add MAC dev NAME dst ENDPOINT self permanent`.
+/// Adds or changes a permanent forwarding entry of a VXLAN device:
+/// `bridge fdb replace MAC dev NAME dst ENDPOINT self permanent`.
 pub fn fdb(namespace: &Namespace, name: &str, mac: Mac, endpoint: Ipv4Addr) -> Result<()> {
     netlink(namespace, &format!("FDB {mac:?} on {name}"), async |handle| {
         let request = handle.neighbours().add_bridge(index(name)?, &mac.octets);
         let request = request.destination(IpAddr::V4(endpoint));
-        Ok(request.state(NeighbourState::Permanent).flags(NeighbourFlags::Own).execute().await?)
+        let request = request.state(NeighbourState::Permanent).flags(NeighbourFlags::Own);
+        Ok(request.replace().execute().await?)
     })
 }
 

@@ -1,15 +1,18 @@
 //! `cargo xtask demo`: the main job on real packets through the real kernel, on one screen.
 
+mod join;
 mod screen;
 
 use std::{
+    path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
+use clap::Parser;
 use gateway_tests::lab::{
-    Flannel, Gateway, evidence_directory,
+    Cluster, Flannel, Gateway, evidence_directory,
     flannel::{EXTERNAL, NIC, Node, PORT, UNDERLAY},
     frames,
     outside::{AUTOMAP, GUEST, REMOTE, Watch},
@@ -17,6 +20,25 @@ use gateway_tests::lab::{
     wait_until,
 };
 use screen::{Screen, milliseconds, rate};
+
+/// The gateway at work
+#[derive(Parser, Debug)]
+struct Arguments {
+    /// Where the cluster's objects are kept
+    #[arg(long, default_value = "files")]
+    source: Source,
+    /// An API server for `--source kubernetes`, instead of the test server: an administrator's kubeconfig
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Source {
+    /// Manifest files
+    Files,
+    /// An API server
+    Kubernetes,
+}
 
 const LABEL: &str = "demo";
 const SOON: Duration = Duration::from_secs(5);
@@ -27,7 +49,7 @@ const PICTURE: &str = "\
      remote1 ────┘ by a router  └─── XDP ───┘                      ╚═ node3 ── pods 10.244.3.2, .3";
 
 fn main() -> ExitCode {
-    match demo() {
+    match demo(&Arguments::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -38,7 +60,9 @@ fn main() -> ExitCode {
 }
 
 /// Whether everything shown works.
-fn demo() -> Result<bool> {
+fn demo(arguments: &Arguments) -> Result<bool> {
+    let joined = arguments.source == Source::Kubernetes;
+    ensure!(joined || arguments.kubeconfig.is_none(), "--kubeconfig is for --source kubernetes");
     let mut screen = Screen::new();
     let evidence = evidence_directory(LABEL)?;
     let evidence = evidence.strip_prefix(std::env::current_dir()?).unwrap_or(&evidence).display().to_string();
@@ -46,26 +70,41 @@ fn demo() -> Result<bool> {
         "Clients reach the pods of a flannel cluster through the gateway; nodes are kernel VXLAN devices",
     )?;
     screen::text(PICTURE)?;
+    let state = tempfile::tempdir()?;
     let lab = screen.check("lab", || {
-        let mut lab = Flannel::start(LABEL)?;
+        let mut lab = match (joined, &arguments.kubeconfig) {
+            (false, _) => Flannel::start(LABEL)?,
+            (true, None) => Flannel::start_on(LABEL, Cluster::start(state.path())?)?,
+            (true, Some(kubeconfig)) => Flannel::start_on(LABEL, Cluster::real(kubeconfig)?)?,
+        };
         lab.add_outside()?;
         Ok((format!("{} network namespaces, set up as flannel sets up its nodes", lab.hosts().count()), lab))
     })?;
     let Some(mut lab) = lab else { return screen.finish(&evidence) };
-    let gateway = screen.check("gateway", || start(&lab))?;
-    if let Some(gateway) = gateway {
+    let from = if joined { "the API server" } else { "manifests" };
+    let gateway = screen.check("gateway", || start(&lab, from))?;
+    if let Some(mut gateway) = gateway {
+        if joined {
+            join::node(&mut screen, &lab)?;
+        }
         traffic(&mut screen, &lab)?;
         translation(&mut screen, &lab, &gateway)?;
         changes(&mut screen, &mut lab, &gateway)?;
+        if joined {
+            join::absence(&mut screen, &mut lab, &gateway)?;
+        }
         tables(&screen, &lab, &gateway)?;
+        if joined {
+            join::leave(&mut screen, &lab, &mut gateway)?;
+        }
     }
     screen.finish(&evidence)
 }
 
-fn start(lab: &Flannel) -> Result<(String, Gateway)> {
+fn start(lab: &Flannel, source: &str) -> Result<(String, Gateway)> {
     let gateway = Gateway::start(lab)?;
     gateway.wait_ready(lab)?;
-    Ok((format!("`gateway run`: XDP on {EXTERNAL} and {UNDERLAY}, three nodes from manifests"), gateway))
+    Ok((format!("`gateway run`: XDP on {EXTERNAL} and {UNDERLAY}, three nodes from {source}"), gateway))
 }
 
 fn traffic(screen: &mut Screen, lab: &Flannel) -> Result<()> {
