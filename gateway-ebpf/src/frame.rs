@@ -30,11 +30,12 @@ impl<'a> XdpFrame<'a> {
     /// narrow to that, and the verifier would no longer see an address.
     #[inline(always)]
     fn address<T: Wire>(&self, offset: usize) -> Option<usize> {
-        let context = self.context.ctx;
-        // SAFETY: the context is the one that the kernel gave this program.
-        let (data, end) = unsafe {
-            ((&raw const (*context).data).read_volatile(), (&raw const (*context).data_end).read_volatile())
-        };
+        // SAFETY: the context is the one that the kernel gave this program; the reference ends before a helper changes it.
+        let context = unsafe { &*self.context.ctx };
+        // SAFETY: reads through a reference.
+        let data = unsafe { (&raw const context.data).read_volatile() };
+        // SAFETY: as above.
+        let end = unsafe { (&raw const context.data_end).read_volatile() };
         let start = data as usize + offset;
         if start + size_of::<T>() > end as usize { None } else { Some(start) }
     }

@@ -108,7 +108,7 @@ impl Flow {
     }
 
     /// A segment from the clients' side.
-    pub(super) fn from_client(self, client: Ipv4, kind: Kind) -> Ip {
+    pub(super) fn upstream(self, client: Ipv4, kind: Kind) -> Ip {
         let (flags, numbers, data) = match kind {
             Kind::Syn => (SYN, (CLIENT_SEQUENCE, 0), &[][..]),
             Kind::Ack => (ACK, (CLIENT_SEQUENCE + 1, POD_SEQUENCE + 1), &[][..]),
@@ -118,7 +118,7 @@ impl Flow {
     }
 
     /// A segment from the pod.
-    pub(super) fn from_pod(self, client: Ipv4, kind: Kind) -> Ip {
+    pub(super) fn downstream(self, client: Ipv4, kind: Kind) -> Ip {
         let (flags, numbers, data) = match kind {
             Kind::Syn => (SYN | ACK, (POD_SEQUENCE, CLIENT_SEQUENCE + 1), &[][..]),
             Kind::Ack => (ACK, (POD_SEQUENCE + 1, CLIENT_SEQUENCE + 1), &[][..]),

@@ -77,7 +77,7 @@ impl Place {
         let mut found: BTreeMap<Ipv4, Ipv4> = BTreeMap::new();
         for candidate in 0..10_000_u32 {
             let client = Ipv4::new((0xc612_0001 + candidate).to_be_bytes());
-            let syn = Flow::new(0, POD, 1024).from_client(client, Kind::Syn);
+            let syn = Flow::new(0, POD, 1024).upstream(client, Kind::Syn);
             let output = ask(&plain(self.external_mac, &syn))?;
             let source = output.get(76..80).context("the program did not encapsulate a client's SYN")?;
             found.entry(Ipv4::new(source.try_into()?)).or_insert(client);

@@ -52,7 +52,7 @@ pub fn run(rounds: usize) -> Result<Throughput> {
 }
 
 fn start(directory: &Path, settings: &str) -> Result<(Flannel, Gateway)> {
-    let lab = Flannel::build(Claim::transient()?, directory)?;
+    let lab = Flannel::build(Claim::transient()?, directory, None)?;
     let config = fs::read_to_string(lab.config())?;
     fs::write(lab.config(), config + settings)?;
     let gateway = Gateway::start(&lab)?;

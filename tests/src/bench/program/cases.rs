@@ -164,7 +164,7 @@ pub(super) const CASES: [Case; 13] = [
         returned: XDP_REDIRECT,
         feed: |place| answer(place, Kind::Data),
         output: |place, flow, _| {
-            plain_out(place.external_mac, &flow.from_pod(place.clients[flow.client], Kind::Data).hop())
+            plain_out(place.external_mac, &flow.downstream(place.clients[flow.client], Kind::Data).hop())
         },
     },
     Case {
@@ -235,7 +235,7 @@ fn routed(place: &Place) -> Feed {
 }
 
 fn routed_packet(flow: Flow) -> Ip {
-    flow.from_client(own_client(flow.client), Kind::Data)
+    flow.upstream(own_client(flow.client), Kind::Data)
 }
 
 /// Segments of pods to clients that they can answer.
@@ -245,13 +245,13 @@ fn returning(place: &Place) -> Feed {
 }
 
 fn returning_packet(flow: Flow) -> Ip {
-    flow.from_pod(own_client(flow.client), Kind::Data)
+    flow.downstream(own_client(flow.client), Kind::Data)
 }
 
 /// Segments of clients that are translated.
 pub(super) fn segment(place: &Place, kind: Kind, first_port: u16) -> Feed {
     let flow = Flow::new(0, POD, first_port);
-    let packet = flow.from_client(place.clients[flow.client], kind);
+    let packet = flow.upstream(place.clients[flow.client], kind);
     let frame = plain(place.external_mac, &packet);
     Feed { clients: place.clients, first_port, ..feed(place, Shape::Client, frame) }
 }
@@ -259,7 +259,7 @@ pub(super) fn segment(place: &Place, kind: Kind, first_port: u16) -> Feed {
 /// Segments of pods to SNAT addresses.
 pub(super) fn answer(place: &Place, kind: Kind) -> Feed {
     let flow = Flow::new(0, POD, FIRST_PORT);
-    let packet = flow.from_pod(place.snat[flow.client], kind);
+    let packet = flow.downstream(place.snat[flow.client], kind);
     let frame = tunnelled(place.underlay_mac, 0, &packet);
     Feed { clients: place.snat, ..feed(place, Shape::Node, frame) }
 }
@@ -274,7 +274,7 @@ pub(super) fn handshake(place: &Place) -> [(Side, Outcome, Feed); 3] {
 }
 
 fn translated(place: &Place, flow: Flow, kind: Kind, output: &[u8]) -> Vec<u8> {
-    let packet = flow.from_client(place.snat[flow.client], kind).hop();
+    let packet = flow.upstream(place.snat[flow.client], kind).hop();
     tunnelled_out(place.underlay_mac, flow.node, &packet, source_port(output))
 }
 
@@ -304,7 +304,7 @@ fn from_stranger(place: &Place) -> Vec<u8> {
 /// To a SNAT address, from a port that nobody asked.
 fn without_session(place: &Place) -> Vec<u8> {
     let flow = Flow::new(0, POD, 1);
-    tunnelled(place.underlay_mac, 0, &flow.from_pod(place.snat[0], Kind::Data))
+    tunnelled(place.underlay_mac, 0, &flow.downstream(place.snat[0], Kind::Data))
 }
 
 /// What `XDP_TX` with swapped MAC addresses gives.

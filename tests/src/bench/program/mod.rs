@@ -123,18 +123,18 @@ impl Group {
         let same = |baseline: &Baseline| {
             (baseline.shape, baseline.flows, baseline.length) == (feed.shape, feed.flows, feed.frame.len())
         };
-        let baseline = match self.baselines.iter().position(same) {
-            Some(found) => found,
-            None => {
-                self.baselines.push(Baseline {
-                    shape: feed.shape,
-                    flows: feed.flows,
-                    length: feed.frame.len(),
-                    driver: Driver::new(&feed, reference.program(DROP)?)?,
-                    nanoseconds: 0.0,
-                });
-                self.baselines.len() - 1
-            }
+        let found = self.baselines.iter().position(same);
+        let baseline = if let Some(found) = found {
+            found
+        } else {
+            self.baselines.push(Baseline {
+                shape: feed.shape,
+                flows: feed.flows,
+                length: feed.frame.len(),
+                driver: Driver::new(&feed, reference.program(DROP)?)?,
+                nanoseconds: 0.0,
+            });
+            self.baselines.len() - 1
         };
         self.contenders.push(Contender { world: index, case, feed, driver, baseline, rounds: Vec::new() });
         Ok(())
@@ -280,7 +280,8 @@ impl Contender {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let octets: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    octets.concat()
 }
 
 /// Opens and confirms a session for each flow.

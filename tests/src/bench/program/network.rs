@@ -1,6 +1,6 @@
 //! The gateway host of the benchmark: two interfaces, forwarding on, clients' MAC addresses known, as the FIB sees it.
 
-use std::{panic, path::Path, process::Command, thread};
+use std::{fmt::Write as _, panic, path::Path, process::Command, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::{
@@ -37,7 +37,7 @@ fn wire() -> Result<()> {
          sysctl -qw net.ipv4.ip_forward=1\n"
     );
     for client in (0..CLIENTS).map(own_client) {
-        script += &format!("ip neigh add {client} lladdr {CLIENT_MAC} dev {EXTERNAL} nud permanent\n");
+        writeln!(script, "ip neigh add {client} lladdr {CLIENT_MAC} dev {EXTERNAL} nud permanent")?;
     }
     let output = Command::new("sh").args(["-ec", &script]).output().context("no shell")?;
     ensure!(
