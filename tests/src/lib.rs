@@ -7,8 +7,10 @@
 //! - [`api`]: a Kubernetes API server for tests, a process of its own.
 //! - [`packet`]: frames, written by etherparse.
 //! - [`bench`]: what the XDP program costs, measured and checked.
+//! - [`pktgen`]: load by the kernel's packet generator.
 
 pub mod api;
 pub mod bench;
 pub mod lab;
 pub mod packet;
+pub mod pktgen;

@@ -1,15 +1,18 @@
 //! The project's own tools: `cargo xtask <verb>`. One file for each verb; `setup` is called by those that need it.
 
+mod apt;
 mod bench;
 mod build;
 mod demo;
 mod lab;
 mod lint;
 mod object;
+mod pktgen;
 mod process;
 mod setup;
 mod test;
 mod verify;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -41,6 +44,8 @@ enum Verb {
     Demo(demo::Options),
     /// Measure
     Bench(bench::Options),
+    /// Send packets to a gateway on real network cards, and count what arrives
+    Pktgen(pktgen::Options),
     /// Keep the test network standing to play with
     Lab(lab::Options),
 }
@@ -54,6 +59,7 @@ fn main() -> ExitCode {
         Verb::Test(options) => test::run(&options),
         Verb::Demo(options) => demo::run(&options),
         Verb::Bench(options) => bench::run(&options),
+        Verb::Pktgen(options) => pktgen::run(&options),
         Verb::Lab(options) => lab::run(&options),
     };
     match result {

@@ -1,7 +1,7 @@
 //! Running other programs.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -34,14 +34,18 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs to the end and returns what it printed to standard output; all its output is in the error when it fails.
 pub(crate) fn capture(command: &mut Command) -> Result<String> {
+    Ok(String::from_utf8_lossy(&capture_bytes(command)?).into_owned())
+}
+
+/// As [`capture`], for what is no text.
+pub(crate) fn capture_bytes(command: &mut Command) -> Result<Vec<u8>> {
     let output =
         command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{}`", line(command)))?;
-    let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
-        let errors = String::from_utf8_lossy(&output.stderr);
+        let [text, errors] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
         bail!("`{}` failed ({}):\n{text}{errors}", line(command), output.status);
     }
-    Ok(text.into_owned())
+    Ok(output.stdout)
 }
 
 /// The command as one would type it.
@@ -49,6 +53,14 @@ fn line(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or_default();
     let words = std::iter::once(program).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+/// What is in a directory, sorted.
+pub(crate) fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let read = fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    let mut paths = read.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
 }
 
 /// Where `program` is, in `PATH` or where Debian keeps what only root runs.

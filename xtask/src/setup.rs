@@ -11,7 +11,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{capture, cargo, find, run as execute, workspace};
+use crate::{
+    apt::{self, Apt},
+    process::{capture, cargo, find, run as execute, workspace},
+    vm,
+};
 
 /// The one version of bpf-linker whose output has been looked at.
 const LINKER_VERSION: &str = include_str!("../../gateway-ebpf/bpf-linker.version");
@@ -30,6 +34,12 @@ const PACKAGES: [(&str, &str); 10] = [
     ("traceroute", "traceroute"),
 ];
 
+/// The same for the suite `vm`.
+const GUEST_PACKAGES: [(&str, &str); 2] = [("binutils", "strip"), ("xz-utils", "xz")];
+const EMULATOR: &str = "qemu-system-x86";
+/// QEMU 7.2 crashes now and then when it boots Linux 6.12.
+const EMULATOR_VERSION: u32 = 8;
+
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// What a verb may ask for.
@@ -41,10 +51,12 @@ pub(crate) enum Need {
     Programs,
     /// The file system in which maps are pinned.
     Bpffs,
+    /// To run other kernels: QEMU, and what makes something that it can boot.
+    Emulator,
 }
 
 impl Need {
-    /// Everything.
+    /// What lab and tests need on this machine's kernel.
     pub(crate) const ALL: [Self; 3] = [Self::Bpf, Self::Programs, Self::Bpffs];
 }
 
@@ -54,6 +66,7 @@ enum Missing {
     Linker { reason: String },
     Packages(Vec<&'static str>),
     Bpffs,
+    Emulator { reason: String },
 }
 
 /// Makes sure that what is needed is there.
@@ -100,14 +113,11 @@ fn missing(needs: &[Need]) -> Result<Vec<Missing>> {
         found.extend(missing_linker());
     }
     if needs.contains(&Need::Programs) {
-        let packages: Vec<_> = PACKAGES
-            .iter()
-            .filter(|(_, program)| find(program).is_none())
-            .map(|(package, _)| *package)
-            .collect();
-        if !packages.is_empty() {
-            found.push(Missing::Packages(packages));
-        }
+        found.extend(missing_packages(&PACKAGES));
+    }
+    if needs.contains(&Need::Emulator) {
+        found.extend(missing_packages(&GUEST_PACKAGES));
+        found.extend(emulator_fault().map(|reason| Missing::Emulator { reason }));
     }
     if needs.contains(&Need::Bpffs) {
         let mounts = fs::read_to_string("/proc/mounts").context("cannot read /proc/mounts")?;
@@ -116,6 +126,28 @@ fn missing(needs: &[Need]) -> Result<Vec<Missing>> {
         }
     }
     Ok(found)
+}
+
+fn missing_packages(packages: &[(&'static str, &str)]) -> Option<Missing> {
+    let absent = packages.iter().filter(|(_, program)| find(program).is_none());
+    let names: Vec<_> = absent.map(|(package, _)| *package).collect();
+    (!names.is_empty()).then_some(Missing::Packages(names))
+}
+
+fn emulator_fault() -> Option<String> {
+    if find(vm::PROGRAM).is_none() {
+        return Some("not installed".to_owned());
+    }
+    match capture(Command::new(vm::PROGRAM).arg("--version")) {
+        Ok(text) if emulator_version(&text).is_some_and(|version| version >= EMULATOR_VERSION) => None,
+        Ok(text) => Some(format!("{:?} is there", text.lines().next().unwrap_or_default())),
+        Err(error) => Some(format!("it does not run: {error:#}")),
+    }
+}
+
+/// The first number of the version in the output of `qemu-system-x86_64 --version`.
+fn emulator_version(text: &str) -> Option<u32> {
+    text.strip_prefix("QEMU emulator version ")?.split('.').next()?.parse().ok()
 }
 
 fn missing_core_source() -> Result<Option<Missing>> {
@@ -182,6 +214,7 @@ impl Missing {
             Self::Linker { .. } => format!("bpf-linker {}", LINKER_VERSION.trim()),
             Self::Packages(packages) => packages.join(" "),
             Self::Bpffs => format!("BPF file system at {BPFFS}"),
+            Self::Emulator { .. } => format!("{EMULATOR} {EMULATOR_VERSION} or later"),
         }
     }
 
@@ -195,6 +228,7 @@ impl Missing {
             }
             Self::Packages(packages) => format!("installing Debian packages: {}", packages.join(" ")),
             Self::Bpffs => format!("mounting a {}", self.name()),
+            Self::Emulator { reason } => format!("installing {} ({reason})", self.name()),
         }
     }
 
@@ -211,6 +245,9 @@ impl Missing {
                 format!("as root: apt-get update && apt-get install {}", packages.join(" "))
             }
             Self::Bpffs => format!("as root: mount -t bpf bpf {BPFFS}"),
+            Self::Emulator { .. } => {
+                format!("as root: apt-get install {EMULATOR}, on Debian 12 from bookworm-backports")
+            }
         }
     }
 
@@ -250,11 +287,23 @@ impl Missing {
                 }
                 capture(Command::new("mount").args(["-t", "bpf", "bpf", BPFFS])).map(drop)
             }
+            Self::Emulator { .. } => install_emulator(),
         }
     }
 }
 
-fn install_packages(packages: &[&str]) -> Result<()> {
+fn install_emulator() -> Result<()> {
+    const OLD: &str = "bookworm";
+    const NEWER: &str = "bookworm-backports";
+    if apt::codename().as_deref() != Some(OLD) {
+        return install_packages(&[EMULATOR]);
+    }
+    may_install()?;
+    Apt::open(&workspace().join("target/tools/apt"), &[OLD, NEWER])?.install(&[EMULATOR], NEWER)
+}
+
+/// Whether packages can be installed on this machine.
+fn may_install() -> Result<()> {
     if !is_debian(&fs::read_to_string("/etc/os-release").unwrap_or_default()) || find("apt-get").is_none() {
         bail!(
             "this is neither Debian nor Ubuntu; its own package manager has them under these or similar names"
@@ -263,6 +312,11 @@ fn install_packages(packages: &[&str]) -> Result<()> {
     if !is_root() {
         bail!("only root can install packages");
     }
+    Ok(())
+}
+
+fn install_packages(packages: &[&str]) -> Result<()> {
+    may_install()?;
     let apt = |arguments: &[&str]| {
         let mut command = Command::new("apt-get");
         command
@@ -308,6 +362,16 @@ mod tests {
         assert!(linker_fault(&path).unwrap().contains("0.9.0"));
         fake(LINKER_VERSION.trim());
         assert_eq!(linker_fault(&path), None);
+    }
+
+    #[test]
+    fn reads_the_emulator_version() {
+        assert_eq!(
+            emulator_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright"),
+            Some(10)
+        );
+        assert_eq!(emulator_version("QEMU emulator version 7.2.19\n"), Some(7));
+        assert_eq!(emulator_version("something else"), None);
     }
 
     #[test]

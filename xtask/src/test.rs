@@ -12,6 +12,7 @@ use crate::{
     build,
     process::{cargo, run as execute, workspace},
     setup,
+    vm::{self, Vm},
 };
 
 #[derive(clap::Args)]
@@ -22,6 +23,9 @@ pub(crate) struct Options {
     /// Only these [default: all]
     #[arg(value_enum)]
     suites: Vec<Suite>,
+    /// Kernels for the suite `vm`, such as 6.12 [default: the oldest that is supported; with --full all that are]
+    #[arg(long, value_delimiter = ',')]
+    kernel: Vec<String>,
 }
 
 /// Which tests.
@@ -35,16 +39,19 @@ enum Suite {
     E2e,
     /// The source `kubernetes` against the test API server, or, if named here, against that of `KUBECONFIG`
     Kubernetes,
+    /// Other kernels, in virtual machines
+    Vm,
 }
 
 impl Suite {
-    const ALL: [Self; 4] = [Self::Unit, Self::Kubernetes, Self::Program, Self::E2e];
+    const ALL: [Self; 5] = [Self::Unit, Self::Kubernetes, Self::Program, Self::E2e, Self::Vm];
 
     /// The suite of an integration test: those of the daemon and of the tests crate use the machine's kernel.
     fn of_target(target: &Target) -> Self {
         match (target.package, target.name.as_str()) {
             ("gateway-tests", "program") => Self::Program,
             ("gateway-tests", "kubernetes") => Self::Kubernetes,
+            ("gateway-tests", "vm") => Self::Vm,
             _ => Self::E2e,
         }
     }
@@ -53,6 +60,7 @@ impl Suite {
         match self {
             Self::Unit | Self::Kubernetes => &[setup::Need::Bpf],
             Self::Program | Self::E2e => &setup::Need::ALL,
+            Self::Vm => &[setup::Need::Bpf, setup::Need::Programs, setup::Need::Emulator],
         }
     }
 }
@@ -84,7 +92,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     // Whoever only has a KUBECONFIG lying around does not mean it for tests.
     let real = options.suites.contains(&Suite::Kubernetes) && env::var_os("KUBECONFIG").is_some();
-    let mut times = Vec::new();
+    let mut times: Vec<Time> = Vec::new();
     for run in runs(&suites, &targets()?) {
         println!("── {} ──", run.name);
         let start = Instant::now();
@@ -102,7 +110,26 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             return Err(error);
         }
     }
+    let result = if suites.contains(&Suite::Vm) { kernels(options, &mut times) } else { Ok(()) };
     report(&times);
+    result
+}
+
+/// The suite `vm`.
+fn kernels(options: &Options, times: &mut Vec<Time>) -> Result<()> {
+    let chosen: Vec<&str> = match (options.kernel.as_slice(), options.full) {
+        ([], false) => vec![vm::KERNELS[0]],
+        ([], true) => vm::KERNELS.to_vec(),
+        (chosen, _) => chosen.iter().map(String::as_str).collect(),
+    };
+    println!("── vm ──");
+    let vm = Vm::prepare()?;
+    for kernel in chosen {
+        let start = Instant::now();
+        let result = vm.run(kernel);
+        times.push((format!("vm: {kernel}"), start.elapsed(), result.is_ok()));
+        result?;
+    }
     Ok(())
 }
 
@@ -191,7 +218,10 @@ impl Run {
     }
 }
 
-fn report(times: &[(String, Duration, bool)]) {
+/// Name of a run, how long it took, and whether it passed.
+type Time = (String, Duration, bool);
+
+fn report(times: &[Time]) {
     println!("── durations ──");
     for (name, time, passed) in times {
         println!("{:>8.1} s  {name}{}", time.as_secs_f64(), if *passed { "" } else { "  FAILED" });
@@ -208,6 +238,7 @@ mod tests {
             ("gateway-tests", "flannel"),
             ("gateway-tests", "kubernetes"),
             ("gateway-tests", "program"),
+            ("gateway-tests", "vm"),
         ]
         .map(|(package, name)| Target { package, name: name.to_owned() })
         .into()

@@ -54,6 +54,15 @@ pub use self::{
     process::Process,
 };
 
+/// Says how many times as long as usual the lab waits for what it expects: for emulated machines.
+pub const PATIENCE_VARIABLE: &str = "GATEWAY_TEST_PATIENCE";
+
+/// `limit`, or longer where patience is asked for.
+fn patient(limit: Duration) -> Duration {
+    let factor = env::var(PATIENCE_VARIABLE).ok().and_then(|text| text.parse().ok());
+    limit * factor.unwrap_or(1)
+}
+
 /// Tries until `attempt` gives a value, and gives that.
 ///
 /// # Errors
@@ -63,7 +72,7 @@ pub fn wait_until<T>(
     limit: Duration,
     mut attempt: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), patient(limit));
     loop {
         if let Some(value) = attempt().with_context(|| format!("while waiting: {what}"))? {
             return Ok(value);

@@ -14,6 +14,8 @@ use nix::{
     unistd::Pid,
 };
 
+use super::patient;
+
 /// A process of the lab, with what it writes kept in a file. It is killed when this value is dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -58,7 +60,7 @@ impl Process {
     /// # Errors
     /// When it still runs after `limit`; it is left running.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + patient(limit);
         loop {
             if let Some(status) = self.ended()? {
                 return Ok(status);
