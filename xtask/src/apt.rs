@@ -32,9 +32,9 @@ impl Apt {
         let directory = fs::canonicalize(directory)?;
         let (mirror, place) = (mirror()?, directory.display());
         let options = format!("arch={ARCHITECTURE} lang=none target=Packages signed-by={KEYRING}");
-        let sources: String =
+        let sources: Vec<String> =
             suites.iter().map(|suite| format!("deb [{options}] {mirror} {suite} main\n")).collect();
-        write(&directory.join("sources.list"), &sources)?;
+        write(&directory.join("sources.list"), &sources.concat())?;
         let settings = format!(
             "Dir::Etc::SourceList \"{place}/sources.list\";\nDir::Etc::SourceParts \"/dev/null\";\n\
              Dir::State::Lists \"{place}/lists\";\nDir::Cache \"{place}/cache\";\nAPT::Sandbox::User \"root\";\n"

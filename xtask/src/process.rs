@@ -20,6 +20,16 @@ pub(crate) fn workspace() -> PathBuf {
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(workspace());
+    // What cargo told us about this package. Build scripts that look at such variables, as that of ring does, would run
+    // anew after every change between `cargo xtask` and plain cargo, and all that depends on them be built again.
+    for (name, _) in env::vars_os() {
+        if name
+            .to_str()
+            .is_some_and(|name| ["CARGO_MANIFEST_", "CARGO_PKG_"].iter().any(|own| name.starts_with(own)))
+        {
+            command.env_remove(name);
+        }
+    }
     command
 }
 

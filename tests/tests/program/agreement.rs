@@ -40,7 +40,11 @@ fn program_and_host_engine_agree() {
         Ok(text) => text.parse().expect("GATEWAY_TEST_SEED is a decimal number"),
         Err(_) => RandomState::new().hash_one(0),
     };
-    let frames = if env::var_os("GATEWAY_TEST_FULL").is_some() { 20 * FRAMES } else { FRAMES };
+    let frames = match env::var("GATEWAY_TEST_FRAMES") {
+        Ok(text) => text.parse().expect("GATEWAY_TEST_FRAMES is a decimal number"),
+        Err(_) if env::var_os("GATEWAY_TEST_FULL").is_some() => 20 * FRAMES,
+        Err(_) => FRAMES,
+    };
     println!("GATEWAY_TEST_SEED={seed} repeats these {frames} frames");
     let start = Instant::now();
     let mut seen: BTreeMap<Outcome, u64> = BTreeMap::new();

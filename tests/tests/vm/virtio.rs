@@ -80,7 +80,7 @@ fn clients_from_outside_are_translated() {
     );
     println!("{new} sessions, {there} packets to pods, {back} from pods");
     // An echo and a TCP session for each of two clients and three nodes.
-    assert!(new >= 12 && there > 1000 && back > 1000, "{new} {there} {back}");
+    assert!(new >= 12 && there > 500 && back > 500, "{new} {there} {back}");
     rig.assert_nothing_dropped(&before);
 }
 

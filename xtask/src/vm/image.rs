@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use cpio::newc::{self, ModeFileType};
 
 use super::modules::Module;
-use crate::process::{capture, capture_bytes, find};
+use crate::process::{capture, find};
 
 /// What will be in the guest's root. Paths are relative to it.
 #[derive(Clone, Default)]
@@ -32,9 +32,17 @@ impl Image {
         self.insert(path.as_ref(), data, false);
     }
 
-    /// Adds a program without its debug information, and the libraries that it needs.
-    pub(super) fn add_program(&mut self, source: &Path, path: impl AsRef<Path>) -> Result<()> {
-        let data = capture_bytes(Command::new("strip").args(["-o", "/dev/stdout"]).arg(source))?;
+    /// Adds a program without its debug information, and the libraries that it needs. `scratch` is a directory for what
+    /// comes up meanwhile.
+    pub(super) fn add_program(
+        &mut self,
+        source: &Path,
+        path: impl AsRef<Path>,
+        scratch: &Path,
+    ) -> Result<()> {
+        let stripped = scratch.join("stripped");
+        capture(Command::new("strip").arg("-o").args([&stripped, source]))?;
+        let data = fs::read(&stripped).with_context(|| format!("cannot read {}", stripped.display()))?;
         self.insert(path.as_ref(), data, true);
         for library in libraries(&capture(Command::new("ldd").arg(source))?) {
             let data = fs::read(library).with_context(|| format!("cannot read {library}"))?;
@@ -44,9 +52,9 @@ impl Image {
     }
 
     /// Adds a program that this machine has installed.
-    pub(super) fn add_tool(&mut self, name: &str) -> Result<()> {
+    pub(super) fn add_tool(&mut self, name: &str, scratch: &Path) -> Result<()> {
         let source = find(name).with_context(|| format!("{name} is not installed"))?;
-        self.add_program(&source, Path::new("usr/bin").join(name))
+        self.add_program(&source, Path::new("usr/bin").join(name), scratch)
     }
 
     /// Adds modules under names that keep their order.

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail};
 /// The program.
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 /// A kernel that boots says so within seconds, on a busy machine within tens of seconds.
-const BOOT: Duration = Duration::from_secs(120);
+const BOOT: Duration = Duration::from_mins(2);
 const TICK: Duration = Duration::from_millis(100);
 /// Begins what the guest says of itself.
 const MARK: &str = "@guest ";

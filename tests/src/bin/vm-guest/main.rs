@@ -6,6 +6,7 @@
 
 use std::{
     fs::{self, File},
+    os::unix::fs::symlink,
     path::PathBuf,
     process::Command,
 };
@@ -25,6 +26,8 @@ use nix::{
 const PORT: &str = "/dev/ttyS1";
 /// How many times as long things may take here as on a machine that is not emulated.
 const PATIENCE: &str = "6";
+/// Random frames for the program, instead of a hundred thousand.
+const FRAMES: &str = "10000";
 const MOUNTS: [(&str, &str); 6] = [
     ("proc", "/proc"),
     ("sysfs", "/sys"),
@@ -50,6 +53,8 @@ fn run() -> Result<()> {
         mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("cannot mount {place}"))?;
     }
+    // What is a device elsewhere; nft reads its input by this name.
+    symlink("/proc/self/fd/0", "/dev/stdin").context("cannot create /dev/stdin")?;
     let port = File::options().write(true).open(PORT).with_context(|| format!("cannot open {PORT}"))?;
     dup2_stdout(&port)?;
     dup2_stderr(&port)?;
@@ -83,7 +88,7 @@ fn sorted(directory: &str) -> Result<Vec<PathBuf>> {
 /// Runs a job to its end; gives its exit code, or what ended it.
 fn job(command: &mut Command) -> Result<String> {
     command.current_dir("/tmp").env("PATH", "/usr/bin").env("RUST_BACKTRACE", "1");
-    let child = command.env(PATIENCE_VARIABLE, PATIENCE).spawn()?;
+    let child = command.env(PATIENCE_VARIABLE, PATIENCE).env("GATEWAY_TEST_FRAMES", FRAMES).spawn()?;
     let child = Pid::from_raw(i32::try_from(child.id())?);
     // Orphans become children of the first process, which has to bury them.
     loop {
