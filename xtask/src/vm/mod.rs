@@ -244,8 +244,6 @@ mod tests {
         assert!(text("README.md").contains(&format!("Linux {oldest} or newer")));
         let demanded = format!("const MIN_KERNEL: (u32, u32) = ({});", oldest.replace('.', ", "));
         assert!(text("gateway/src/cli/check/system.rs").contains(&demanded));
-        let [earlier @ .., last] = &KERNELS;
-        assert!(text("README.md").contains(&format!("{} and {last} are", earlier.join(", "))));
     }
 
     #[test]
