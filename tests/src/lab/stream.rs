@@ -4,8 +4,8 @@
 //! with an XDP program queues 256 frames, so a burst would be lost in the lab itself. The receiver has room for
 //! several seconds of the stream and notes each number. Both hand the kernel many datagrams at once and go before
 //! everything else on the machine, so that the rate holds whoever else wants a CPU. The kernel cuts what was handed
-//! over into single packets before they meet the gateway (UDP segmentation offload, Linux 6.11 for interfaces
-//! without checksum offload).
+//! over into single packets before they meet the gateway (UDP segmentation offload). Before Linux 6.11 it does so only for
+//! interfaces with checksum offload, which the lab's have not; there each datagram costs a system call.
 
 use std::{
     io::{IoSlice, IoSliceMut},
@@ -25,7 +25,8 @@ use nix::{
     errno::Errno,
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::socket::{
-        ControlMessage, MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmsg, setsockopt, sockopt,
+        ControlMessage, MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, send as send_one, sendmsg, setsockopt,
+        sockopt,
     },
     unistd::{Pid, gettid},
 };
@@ -164,6 +165,7 @@ fn send(socket: &UdpSocket, rate: u32, over: &AtomicBool, sent: &AtomicU64) -> R
     let interval = Duration::from_secs(1) / rate;
     let mut payloads = [[0; PAYLOAD]; BURST];
     let size = u16::try_from(PAYLOAD)?;
+    let mut cuts = true;
     let start = Instant::now();
     let mut due = start;
     let mut number = 0_u64;
@@ -177,12 +179,16 @@ fn send(socket: &UdpSocket, rate: u32, over: &AtomicBool, sent: &AtomicU64) -> R
             due += interval;
         }
         if burst > 0 {
-            let bytes = [IoSlice::new(payloads[..burst].as_flattened())];
-            let cut = [ControlMessage::UdpGsoSegments(&size)];
-            match sendmsg::<SockaddrIn>(socket.as_raw_fd(), &bytes, &cut, MsgFlags::empty(), None) {
-                Ok(_) => number += burst as u64,
+            let handed = if cuts {
+                send_burst(socket, size, &payloads[..burst])
+            } else {
+                send_singly(socket, &payloads[..burst])
+            };
+            match handed {
+                Ok(datagrams) => number += datagrams,
                 // A socket that also receives does not wait.
                 Err(Errno::EAGAIN) => {}
+                Err(Errno::EIO) if cuts => cuts = false,
                 Err(error) => return Err(error).context("cannot send datagrams of the stream"),
             }
         }
@@ -192,6 +198,26 @@ fn send(socket: &UdpSocket, rate: u32, over: &AtomicBool, sent: &AtomicU64) -> R
         }
     }
     Ok(start.elapsed())
+}
+
+/// Hands over all of it at once, to be cut into datagrams of that size; gives how many they are.
+fn send_burst(socket: &UdpSocket, size: u16, payloads: &[[u8; PAYLOAD]]) -> nix::Result<u64> {
+    let bytes = [IoSlice::new(payloads.as_flattened())];
+    let cut = [ControlMessage::UdpGsoSegments(&size)];
+    sendmsg::<SockaddrIn>(socket.as_raw_fd(), &bytes, &cut, MsgFlags::empty(), None)?;
+    Ok(payloads.len() as u64)
+}
+
+/// Hands over one after the other; gives how many of them the kernel took.
+fn send_singly(socket: &UdpSocket, payloads: &[[u8; PAYLOAD]]) -> nix::Result<u64> {
+    for (sent, payload) in payloads.iter().enumerate() {
+        match send_one(socket.as_raw_fd(), payload, MsgFlags::empty()) {
+            Ok(_) => {}
+            Err(Errno::EAGAIN) => return Ok(sent as u64),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(payloads.len() as u64)
 }
 
 #[derive(Debug, Default)]
