@@ -1,6 +1,6 @@
 //! The reference object: its drivers, which give every round a fresh frame, and its programs.
 
-use std::{fs, path::PathBuf, sync::OnceLock};
+use std::{fs, path::Path, sync::OnceLock};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
@@ -115,7 +115,7 @@ impl Driver {
             .override_global("IP_SUM", &template.ip, true)
             .override_global("TCP_SUM", &template.tcp, true)
             .override_global("OUTER_SUM", &template.outer, true);
-        let mut ebpf = loader.load(object()?)?;
+        let mut ebpf = loader.load(reference_object()?)?;
         program(&mut ebpf, shape.program())?;
         let mut array: ProgramArray<&mut MapData> =
             ebpf.map_mut("DRIVEN").context("the driver has no DRIVEN")?.try_into()?;
@@ -224,7 +224,7 @@ pub(super) fn load(out: u32, pods: &[(Ipv4, VtepSlot)], entries: u32) -> Result<
         .verifier_log_level(VerifierLogLevel::DISABLE)
         .override_global("OUT", &out, true)
         .map_max_entries("REF_PODS", entries);
-    let ebpf = loader.load(object()?)?;
+    let ebpf = loader.load(reference_object()?)?;
     let Some(aya::maps::Map::HashMap(data)) = ebpf.map("REF_PODS") else { bail!("no REF_PODS") };
     let table: Map<Ipv4, VtepSlot> = Map::new(MapData::from_id(data.info()?.id())?)?;
     table.update(pods).map_err(|(done, error)| anyhow!("REF_PODS took {done} entries: {error}"))?;
@@ -272,12 +272,17 @@ impl Reference {
 }
 
 /// The object that gateway's build script made with the flags of the program.
-fn object() -> Result<&'static [u8]> {
+///
+/// # Errors
+///
+/// It was not built, or cannot be read.
+pub fn reference_object() -> Result<&'static [u8]> {
     static OBJECT: OnceLock<Vec<u8>> = OnceLock::new();
     if let Some(bytes) = OBJECT.get() {
         return Ok(bytes);
     }
-    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../target/bpf/reference.bpf.o"].iter().collect();
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the crate is in no workspace")?;
+    let path = workspace.join("target/bpf/reference.bpf.o");
     let bytes = fs::read(&path)
         .map_err(|error| anyhow!("cannot read {}: {error}; run `cargo build -p gateway`", path.display()))?;
     Ok(OBJECT.get_or_init(|| bytes))

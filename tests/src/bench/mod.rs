@@ -22,6 +22,8 @@ use nix::{
     unistd::Pid,
 };
 
+pub use self::driver::reference_object;
+
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {

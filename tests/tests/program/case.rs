@@ -28,8 +28,8 @@ pub(crate) struct Case {
     pub(crate) returned: Returned,
     pub(crate) input: Vec<u8>,
     pub(crate) output: Output,
-    /// Bytes that a driver put in front of the frame.
-    pub(crate) metadata: u32,
+    /// Whether there is hardly any room in front of the frame.
+    is_cramped: bool,
     /// What comes before: frames, changes of tables.
     before: Vec<Step>,
 }
@@ -45,7 +45,7 @@ impl Case {
         input: Vec<u8>,
         output: Output,
     ) -> Self {
-        Self { name: name.into(), outcome, returned, input, output, metadata: 0, before: Vec::new() }
+        Self { name: name.into(), outcome, returned, input, output, is_cramped: false, before: Vec::new() }
     }
 
     /// The same after `work`, which comes after what was there already.
@@ -61,6 +61,11 @@ impl Case {
                 subject.run(frame);
             }
         })
+    }
+
+    /// The same with hardly any room in front of the frame.
+    pub(crate) fn cramped(self) -> Self {
+        Self { is_cramped: true, ..self }
     }
 
     /// Goes to the kernel as it came.
@@ -125,10 +130,8 @@ impl Case {
     pub(crate) fn check(&self, subject: &Subject) -> Result<(), String> {
         self.before.iter().for_each(|work| work(subject));
         let before = subject.counters();
-        let (returned, output) = match self.metadata {
-            0 => subject.run(&self.input),
-            metadata => subject.run_with_metadata(&self.input, metadata),
-        };
+        let (returned, output) =
+            if self.is_cramped { subject.run_cramped(&self.input) } else { subject.run(&self.input) };
         let counted = &subject.counters() - &before;
         let expected = self.expected(&output);
         let shown = expected.as_deref().unwrap_or_default();

@@ -7,7 +7,7 @@ use crate::{
     case::{Case, FromNode},
     packet::{IPV4, IPV6, Ip, Link},
     rig::{self, CLIENT},
-    world::{PLAIN, VLAN_BOTH, VLAN_IDLE, World},
+    world::{PLAIN, VLAN_BOTH, VLAN_IDLE, World, pod},
 };
 
 /// Frames whose link layer decides.
@@ -41,10 +41,9 @@ pub(super) fn links(world: &World) -> Vec<Case> {
 pub(super) fn kernels(world: &World) -> Vec<Case> {
     let link = world.underlay_link();
     let plain = FromNode::new(world, PLAIN, &answer(PLAIN, CLIENT));
-    let mut no_headroom = Case::pass("no-headroom", Outcome::NoHeadroom, world.client_link().ip(&ping()));
-    no_headroom.metadata = 200;
+    let large = world.client_link().ip(&Ip::echo(CLIENT, pod(PLAIN), 1, &[0; 200]));
     vec![
-        no_headroom,
+        Case::pass("no-headroom", Outcome::NoHeadroom, large).cramped(),
         // Its first fragment is dropped, so the kernel never completes it.
         Case::pass("outer-later-fragment", Outcome::NoRoute, plain.with(|p| p.outer.offset = 9).bytes()),
         Case::pass("other-udp-port", Outcome::NoRoute, plain.with(|p| p.port = 8473).bytes()),

@@ -101,10 +101,8 @@ pub(super) fn too_big(world: &World) -> Vec<Case> {
             answered(name, world, link, &icmp(kind), INNER)
         });
     }
-    let mut no_headroom =
-        Case::pass("too-big-no-headroom", Outcome::NoHeadroom, link.ip(&packet(pod(PLAIN), size)));
-    no_headroom.metadata = 200;
-    cases.push(no_headroom);
+    let zeros = large(Ip::udp(CLIENT, pod(PLAIN), (40_000, 80), &[0; INNER as usize]));
+    cases.push(Case::pass("too-big-no-headroom", Outcome::NoHeadroom, link.ip(&zeros)).cramped());
     cases
 }
 

@@ -329,9 +329,8 @@ pub(super) fn refused_clients(world: &World) -> Vec<Case> {
         // A rule that does not translate lets everything through.
         Case::encap("snat-routed-sctp", world, PLAIN, link, &Ip { source: TRUSTED, ..other(132) }),
     ];
-    let mut no_headroom = drop("no-headroom", Outcome::ResizeFailed, &udp(PLAIN, 7007));
-    no_headroom.metadata = 200;
-    cases.push(no_headroom);
+    let zeros = Ip::udp(FOREIGN, pod(PLAIN), (7007, 53), &[0; 200]);
+    cases.push(drop("no-headroom", Outcome::ResizeFailed, &zeros).cramped());
     // The table lost the other half of the session, as when it is copied; the client sends again, to a new session.
     let packet = udp(PLAIN, 7008);
     let gone = ReverseKey {
