@@ -7,8 +7,8 @@ use gateway_common::abi::{Class, Outcome};
 use gateway_tests::lab::{
     Flannel, Gateway,
     flannel::{
-        EXTERNAL, GATEWAY_ENDPOINT, GATEWAY_ROUTER, GATEWAY_SUBNET, LAN, MTU, NIC, Node, PORT, SWITCH,
-        UNDERLAY, UNDERLAY_SWITCH,
+        EXTERNAL, GATEWAY_ENDPOINT, GATEWAY_ROUTER, GATEWAY_SUBNET, INTERFACES, LAN, MTU, NIC, Node, PORT,
+        SWITCH, UNDERLAY, UNDERLAY_SWITCH,
     },
     frames::{self, Datagram, IP},
     traffic,
@@ -19,14 +19,6 @@ use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(5);
 const TRUNK: &str = "trunk";
-const TWO_ARMS: &str = r#"[[interface]]
-name = "ext0"
-roles = ["external"]
-
-[[interface]]
-name = "und0"
-roles = ["underlay"]
-"#;
 const ONE_ARM: &str = r#"[[interface]]
 name = "und0"
 roles = ["underlay", "external"]
@@ -47,8 +39,8 @@ fn start(label: &str) -> (Gateway, Flannel) {
     wiring::address(host, UNDERLAY, router).unwrap();
 
     let two_armed = fs::read_to_string(lab.config()).unwrap();
-    assert!(two_armed.contains(TWO_ARMS), "the lab's configuration has changed:\n{two_armed}");
-    fs::write(lab.config(), two_armed.replace(TWO_ARMS, ONE_ARM)).unwrap();
+    assert!(two_armed.contains(INTERFACES), "the lab's configuration has changed:\n{two_armed}");
+    fs::write(lab.config(), two_armed.replace(INTERFACES, ONE_ARM)).unwrap();
 
     let gateway = Gateway::start(&lab).unwrap();
     gateway.wait_ready(&lab).unwrap();

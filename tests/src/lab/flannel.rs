@@ -57,6 +57,15 @@ pub const GATEWAY_VTEP: Mac = Mac::new([0x0e, 0x11, 0x22, 0x33, 0x44, 0x55]);
 pub const EXTERNAL: &str = "ext0";
 /// Interface of the gateway host that faces the nodes.
 pub const UNDERLAY: &str = "und0";
+/// What the gateway's configuration says of both. Tests with other wires replace it.
+pub const INTERFACES: &str = r#"[[interface]]
+name = "ext0"
+roles = ["external"]
+
+[[interface]]
+name = "und0"
+roles = ["underlay"]
+"#;
 /// The only interface of clients, pods and nodes towards their switch.
 pub const NIC: &str = "eth0";
 /// flannel's device for [`VNI`] 1.
@@ -486,14 +495,7 @@ node = "{node}""#,
 
 {source}
 
-[[interface]]
-name = "{EXTERNAL}"
-roles = ["external"]
-
-[[interface]]
-name = "{UNDERLAY}"
-roles = ["underlay"]
-
+{INTERFACES}
 [[overlay]]
 name = "flannel"
 vni = {VNI}

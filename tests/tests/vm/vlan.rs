@@ -5,21 +5,15 @@ use std::fs;
 
 use gateway_tests::lab::{
     Flannel,
-    flannel::{EXTERNAL, GATEWAY_ENDPOINT, GATEWAY_ROUTER, LAN, SWITCH, UNDERLAY, UNDERLAY_SWITCH},
+    flannel::{
+        EXTERNAL, GATEWAY_ENDPOINT, GATEWAY_ROUTER, INTERFACES, LAN, SWITCH, UNDERLAY, UNDERLAY_SWITCH,
+    },
     wiring,
 };
 use ipnet::Ipv4Net;
 
 use crate::{cable, rig::Rig};
 
-const UNTAGGED: &str = r#"[[interface]]
-name = "ext0"
-roles = ["external"]
-
-[[interface]]
-name = "und0"
-roles = ["underlay"]
-"#;
 const TAGGED: &str = r#"[[interface]]
 name = "und0"
 vlan = 200
@@ -50,25 +44,18 @@ fn trunk() -> Flannel {
     // The cable's far end is a port of no bridge; the devices of its VLANs are.
     underlay.run(&["ip", "link", "set", "dev", gateway.name(), "nomaster"]).unwrap();
     for (vlan, switch) in [("100", underlay), ("200", lan)] {
-        let add = [
-            "ip",
-            "link",
-            "add",
-            "link",
-            gateway.name(),
-            "name",
-            "trunk",
-            "netns",
-            switch.namespace().name(),
-        ];
-        underlay.run(&[&add[..], &["type", "vlan", "id", vlan]].concat()).unwrap();
-        wiring::up(switch.namespace(), "trunk").unwrap();
-        wiring::enslave(switch.namespace(), "trunk", SWITCH).unwrap();
+        // Old kernels also refuse a name that is in use where the command comes from.
+        let trunk = format!("trunk.{vlan}");
+        let add = ["ip", "link", "add", "link", gateway.name(), "name", &trunk];
+        let place = ["netns", switch.namespace().name(), "type", "vlan", "id", vlan];
+        underlay.run(&[&add[..], &place].concat()).unwrap();
+        wiring::up(switch.namespace(), &trunk).unwrap();
+        wiring::enslave(switch.namespace(), &trunk, SWITCH).unwrap();
     }
 
     let text = fs::read_to_string(lab.config()).unwrap();
-    assert!(text.contains(UNTAGGED), "the lab's configuration has changed:\n{text}");
-    fs::write(lab.config(), text.replace(UNTAGGED, TAGGED)).unwrap();
+    assert!(text.contains(INTERFACES), "the lab's configuration has changed:\n{text}");
+    fs::write(lab.config(), text.replace(INTERFACES, TAGGED)).unwrap();
     lab
 }
 
