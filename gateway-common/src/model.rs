@@ -27,6 +27,8 @@ pub const HEADROOM: usize = 256;
 pub struct HostFrame {
     buffer: Vec<u8>,
     start: usize,
+    /// Bytes at the end that are counted only after [`Frame::measure`].
+    unseen: usize,
 }
 
 impl HostFrame {
@@ -39,7 +41,14 @@ impl HostFrame {
     pub fn with_headroom(bytes: &[u8], headroom: usize) -> Self {
         let mut buffer = vec![0; headroom];
         buffer.extend_from_slice(bytes);
-        Self { buffer, start: headroom }
+        Self { buffer, start: headroom, unseen: 0 }
+    }
+
+    /// The same frame, of which the last `bytes` bytes are in fragments of their own, as cards leave them that split
+    /// headers off.
+    #[must_use]
+    pub fn split(self, bytes: usize) -> Self {
+        Self { unseen: bytes, ..self }
     }
 
     /// The frame's bytes.
@@ -53,7 +62,11 @@ const RESERVED: usize = 40;
 
 impl Frame for HostFrame {
     fn len(&self) -> u32 {
-        u32::try_from(self.bytes().len()).unwrap_or(u32::MAX)
+        u32::try_from(self.bytes().len() - self.unseen).unwrap_or(u32::MAX)
+    }
+
+    fn measure(&mut self) {
+        self.unseen = 0;
     }
 
     fn read<T: Wire>(&self, offset: usize) -> Option<&T> {

@@ -7,6 +7,9 @@ use aya_ebpf::{
 };
 use gateway_common::{engine::Frame, wire::Wire};
 
+/// No driver's first buffer is shorter than an ordinary frame with a tag, so no frame up to this length has fragments.
+const UNFRAGMENTED: u32 = 1518;
+
 /// The frame of one run of the program.
 ///
 /// Pointers into it die when it is resized; references borrow from it, and resizing takes it exclusively, so stale
@@ -14,28 +17,52 @@ use gateway_common::{engine::Frame, wire::Wire};
 pub(crate) struct XdpFrame<'a> {
     context: &'a XdpContext,
     len: u32,
+    /// Length before the frame was resized.
+    arrived: u32,
 }
 
 impl<'a> XdpFrame<'a> {
     #[inline(always)]
     pub(crate) fn new(context: &'a XdpContext) -> Self {
-        // SAFETY: the context is the one that the kernel gave this program. The helper counts fragments too, and
-        // spares the pointer subtraction that would need CAP_PERFMON.
-        let len = unsafe { bpf_xdp_get_buff_len(context.ctx) };
-        Self { context, len: len as u32 }
+        let mut frame = Self { context, len: 0, arrived: 0 };
+        let (data, end) = frame.bounds();
+        frame.set_len((end as usize - data as usize) as u32);
+        // Only what fills a driver's first buffer has fragments, but for headers that a card split off.
+        if frame.len > UNFRAGMENTED {
+            frame.measure();
+        }
+        frame
     }
 
-    /// Address of a `T` at `offset`, if it lies inside the frame. The comparison is in the form that the verifier
-    /// takes as proof. To the compiler the bounds are numbers of 32 bits: loads that it might merge with others it would
-    /// narrow to that, and the verifier would no longer see an address.
     #[inline(always)]
-    fn address<T: Wire>(&self, offset: usize) -> Option<usize> {
+    fn set_len(&mut self, len: u32) {
+        (self.len, self.arrived) = (len, len);
+    }
+
+    /// Bytes of the frame as it came; those in fragments as in [`Frame::len`].
+    #[inline(always)]
+    pub(crate) fn arrived(&self) -> u32 {
+        self.arrived
+    }
+
+    /// Addresses of the frame's first byte and of the one behind its last. To the compiler they are numbers of 32 bits:
+    /// loads that it might merge with others it would narrow to that, and the verifier would no longer see an address.
+    #[inline(always)]
+    fn bounds(&self) -> (u32, u32) {
         // SAFETY: the context is the one that the kernel gave this program; the reference ends before a helper changes it.
         let context = unsafe { &*self.context.ctx };
         // SAFETY: reads through a reference.
         let data = unsafe { (&raw const context.data).read_volatile() };
         // SAFETY: as above.
         let end = unsafe { (&raw const context.data_end).read_volatile() };
+        (data, end)
+    }
+
+    /// Address of a `T` at `offset`, if it lies inside the frame. The comparison is in the form that the verifier
+    /// takes as proof.
+    #[inline(always)]
+    fn address<T: Wire>(&self, offset: usize) -> Option<usize> {
+        let (data, end) = self.bounds();
         let start = data as usize + offset;
         if start + size_of::<T>() > end as usize { None } else { Some(start) }
     }
@@ -45,6 +72,12 @@ impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn len(&self) -> u32 {
         self.len
+    }
+
+    #[inline(always)]
+    fn measure(&mut self) {
+        // SAFETY: the context is the one that the kernel gave this program.
+        self.set_len(unsafe { bpf_xdp_get_buff_len(self.context.ctx) } as u32);
     }
 
     #[inline(always)]

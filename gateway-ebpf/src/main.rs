@@ -36,8 +36,8 @@ use crate::{frame::XdpFrame, maps::KernelTables};
 #[expect(clippy::needless_pass_by_value, reason = "the macro's calling convention")]
 fn gateway(context: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&context);
-    let bytes = frame.len();
     let verdict = process(&mut frame, &KernelTables::new(&context));
+    let bytes = frame.arrived();
     maps::count(verdict.number(), bytes);
     debug!(&context, "outcome {} of {} bytes", verdict.number(), bytes);
     match verdict.action() {

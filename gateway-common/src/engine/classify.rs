@@ -158,14 +158,24 @@ pub(super) fn header<F: Frame>(frame: &F, at: usize, space: u32) -> Result<Packe
 
 /// The packet of a frame that is addressed to us.
 #[inline(always)]
-pub(super) fn ipv4<F: Frame>(frame: &F, config: &Config, link: Link) -> Result<Packet, Verdict> {
-    let space = frame.len().wrapping_sub(link.len as u32);
-    header(frame, link.len, space).map_err(|flaw| match flaw {
+pub(super) fn ipv4<F: Frame>(frame: &mut F, config: &Config, link: Link) -> Result<Packet, Verdict> {
+    let lacks = |&[_, _, high, low]: &[u8; 4]| u32::from(u16::from_be_bytes([high, low])) > behind(frame, link);
+    if frame.read(link.len).is_some_and(lacks) {
+        // The payload may be in fragments: some cards split the headers off.
+        frame.measure();
+    }
+    header(frame, link.len, behind(frame, link)).map_err(|flaw| match flaw {
         Flaw::Contradiction { udp_to: Some(address) } if is_vtep(config, address) => {
             Verdict::drop(Outcome::OuterMalformed)
         }
         Flaw::Contradiction { .. } | Flaw::Truncated => Verdict::drop(Outcome::Ipv4Malformed),
     })
+}
+
+/// Bytes of the frame behind its link header.
+#[inline(always)]
+pub(super) fn behind<F: Frame>(frame: &F, link: Link) -> u32 {
+    frame.len().wrapping_sub(link.len as u32)
 }
 
 /// Whether `address` is the underlay address of one of our VTEPs.

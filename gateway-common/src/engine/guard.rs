@@ -37,8 +37,7 @@ pub(super) fn left_alone<F: Frame, T: Tables>(frame: &F, tables: &T, link: Link)
     if link.kind != EtherType::IPV4 {
         return Ok(());
     }
-    let space = frame.len().wrapping_sub(link.len as u32);
-    match classify::header(frame, link.len, space) {
+    match classify::header(frame, link.len, classify::behind(frame, link)) {
         Ok(packet) if link.destination.is_group() && has_tunnel_port(frame, tables.config(), packet) => {
             Err(refuse(link))
         }

@@ -18,8 +18,13 @@ use crate::{
 ///
 /// References into the frame borrow it; resizing needs it whole. So no reference survives a resize.
 pub trait Frame {
-    /// Bytes of the whole frame, also those that cannot be read directly (fragments of a jumbo frame).
+    /// Bytes of the frame. Those in fragments, which cannot be read directly, are certain to be counted only after
+    /// [`measure`](Self::measure).
     fn len(&self) -> u32;
+
+    /// Makes sure that [`len`](Self::len) counts fragments: a call that short frames in one piece need not pay for. Not
+    /// after the frame was resized.
+    fn measure(&mut self);
 
     /// Whether the frame has no bytes.
     fn is_empty(&self) -> bool {

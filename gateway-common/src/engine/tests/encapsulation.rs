@@ -7,8 +7,8 @@ use rstest::rstest;
 use super::fixture::*;
 use crate::{
     abi::{Outcome, OverlayAddress, OverlayFlags, Roles, Route, VlanPort, VtepFlags},
-    engine::Action,
-    model::HostTables,
+    engine::{Action, Frame as _, process},
+    model::{HostFrame, HostTables},
     wire::{Ipv4, Mac},
 };
 
@@ -324,14 +324,26 @@ fn the_active_slot_counts() {
     assert_eq!(opened(&after).0.header().destination(), NODE);
 }
 
+/// Cards that split headers off leave the payload in a fragment, however short it is.
+#[test]
+fn a_payload_in_a_fragment_is_part_of_the_packet() {
+    let tables = gateway();
+    let frame = client_udp(64, 0, (40_000, 53), &[0x55; 200]);
+    let mut split = HostFrame::new(&frame).split(200);
+    assert_eq!(split.len(), 42);
+    let verdict = process(&mut split, &tables);
+    assert_eq!((verdict.info().unwrap().outcome, verdict.action()), (Outcome::Encap, Action::Transmit));
+    assert_eq!(split.bytes(), run(&tables, &frame).2);
+}
+
 #[test]
 fn no_headroom_leaves_the_frame_alone() {
     // A link header of 14 bytes cannot grow by 50 in a frame whose template wants an interface that is not ours.
     let mut tables = gateway();
     tables.config.mac = Mac::new(NIC);
     let frame = client_udp(64, 0, (1, 2), b"");
-    let mut tight = crate::model::HostFrame::with_headroom(&frame, 80);
-    let verdict = crate::engine::process(&mut tight, &tables);
+    let mut tight = HostFrame::with_headroom(&frame, 80);
+    let verdict = process(&mut tight, &tables);
     assert_eq!(verdict.info().unwrap().outcome, Outcome::NoHeadroom);
     assert_eq!(tight.bytes(), frame);
 }
