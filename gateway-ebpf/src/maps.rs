@@ -153,9 +153,21 @@ impl<'a> KernelTables<'a> {
 /// How the kernel says that a key is there already (`EEXIST`), and that another CPU holds the bucket (`EBUSY`).
 const EXISTS: [i32; 2] = [-17, -16];
 
+/// Inserts a value that is put together in its `place` of the scratch space.
 #[inline(always)]
-fn inserted(result: Result<(), i32>) -> Inserted {
-    match result {
+fn insert<K, V, const N: usize>(
+    table: &HashMap<K, V, N>,
+    key: &K,
+    place: impl FnOnce(&mut Scratch) -> &mut V,
+    value: impl FnOnce() -> V,
+) -> Inserted {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        return Inserted::Full;
+    };
+    // SAFETY: the entry belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
+    let place = place(unsafe { &mut *scratch });
+    *place = value();
+    match table.insert(key, &*place, BPF_NOEXIST.into()) {
         Ok(()) => Inserted::Done,
         Err(code) if EXISTS.contains(&code) => Inserted::Exists,
         Err(_) => Inserted::Full,
@@ -196,24 +208,12 @@ impl Sessions for KernelTables<'_> {
 
     #[inline(always)]
     fn insert_forward(&self, key: &ForwardKey, value: impl FnOnce() -> Forward) -> Inserted {
-        let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
-            return Inserted::Full;
-        };
-        // SAFETY: the entry belongs to this CPU, and XDP programs do not interrupt one another on a CPU.
-        let scratch = unsafe { &mut (*scratch).forward };
-        *scratch = value();
-        inserted(SESSION_FORWARD.insert(key, *scratch, BPF_NOEXIST.into()))
+        insert(&SESSION_FORWARD, key, |scratch| &mut scratch.forward, value)
     }
 
     #[inline(always)]
     fn insert_reverse(&self, key: &ReverseKey, value: impl FnOnce() -> Reverse) -> Inserted {
-        let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
-            return Inserted::Full;
-        };
-        // SAFETY: as in `insert_forward`.
-        let scratch = unsafe { &mut (*scratch).reverse };
-        *scratch = value();
-        inserted(SESSION_REVERSE.insert(key, *scratch, BPF_NOEXIST.into()))
+        insert(&SESSION_REVERSE, key, |scratch| &mut scratch.reverse, value)
     }
 
     #[inline(always)]
@@ -268,7 +268,7 @@ impl Sessions for KernelTables<'_> {
     #[inline(always)]
     fn with_opening(&self, work: impl FnOnce(&mut Opening) -> u64) -> u64 {
         match SCRATCH.get_ptr_mut(0) {
-            // SAFETY: as in `insert_forward`.
+            // SAFETY: as in `insert`.
             Some(scratch) => work(unsafe { &mut (*scratch).opening }),
             None => 0,
         }
@@ -366,7 +366,7 @@ impl Tables for KernelTables<'_> {
         let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
             return verdict;
         };
-        // SAFETY: as in `insert_forward`.
+        // SAFETY: as in `insert`.
         let place = &raw mut *unsafe { &mut (*scratch).verdict };
         // SAFETY: valid, as a reference a moment ago. Volatile, so that the compiler does not remember it either.
         unsafe { place.write_volatile(verdict) };
@@ -379,7 +379,7 @@ impl Tables for KernelTables<'_> {
         let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
             return Fib::Refused;
         };
-        // SAFETY: as in `insert_forward`.
+        // SAFETY: as in `insert`.
         let parameters = unsafe { &mut (*scratch).fib };
         // SAFETY: a C struct of integers and unions of integers: all zero is a value of it.
         *parameters = unsafe { core::mem::zeroed() };

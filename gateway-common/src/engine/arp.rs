@@ -9,9 +9,10 @@ use super::{
     Frame, Tables, Verdict,
     classify::Link,
     emit::{Outer, TunnelHeader},
+    ingress::Origin,
 };
 use crate::{
-    abi::{LocalAddress, Outcome, Overlay, Roles, Route, VtepFlags},
+    abi::{LocalAddress, Outcome, OverlayFlags, Roles, VtepFlags},
     flow::Flow,
     wire::{Be16, EtherType, Ethernet, Ipv4, LinkHeader, Mac, TaggedEthernet, Wire},
 };
@@ -140,12 +141,16 @@ fn reply_in_place<F: Frame, L: LinkHeader>(frame: &mut F, request: Request, mac:
 pub(super) fn from_tunnel<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
-    overlay: &Overlay,
-    sender: Option<Route>,
+    origin: Origin<'_>,
     at: usize,
     space: u32,
 ) -> Result<Verdict, Verdict> {
     let other = Verdict::pass(Outcome::TunnelArp);
+    let overlay = origin.overlay;
+    let sender = origin.vtep(tables);
+    if overlay.flags.has(OverlayFlags::SOURCE_CHECK) && sender.is_none() {
+        return Err(Verdict::drop(Outcome::OuterSource));
+    }
     if (space as usize) < size_of::<ArpHdr>() {
         return Err(Verdict::drop(Outcome::InnerTruncated));
     }
@@ -156,7 +161,7 @@ pub(super) fn from_tunnel<F: Frame, T: Tables>(
     };
     let ours = request.target.in_subnet(overlay.subnet, overlay.mask)
         && tables.address(request.target).is_some_and(|address| address.kind & LocalAddress::OVERLAY != 0);
-    let vtep = sender.and_then(|sender| tables.vtep(sender.vtep));
+    let vtep = sender.and_then(|vtep| tables.vtep(vtep));
     let (true, Some(vtep)) = (ours, vtep) else {
         return Err(other);
     };

@@ -18,16 +18,58 @@ const GBP_FLAG: u8 = 0x80;
 #[derive(Clone, Copy)]
 pub(super) struct Arrived<'a> {
     pub packet: Packet,
-    /// Overlay id.
-    pub id: u32,
-    pub overlay: &'a Overlay,
-    /// VTEP id of the node that sent it; `None` if the outer source is no node's, which only an overlay without source
-    /// check admits.
-    pub vtep: Option<u32>,
+    pub origin: Origin<'a>,
     /// New ECN bits, if they change.
     pub ecn: Option<u8>,
     /// What is counted if it is routed.
     pub outcome: Outcome,
+}
+
+/// Where a packet came from.
+#[derive(Clone, Copy)]
+pub(super) struct Origin<'a> {
+    pub overlay: &'a Overlay,
+    /// Overlay id.
+    pub id: u32,
+    /// The word of the outer source address. Octets would lie unaligned on the stack, and the verifier refuses to copy them.
+    address: u32,
+    /// VTEP id of the sender of a plain packet, which has no outer source.
+    direct: Option<u32>,
+}
+
+impl Origin<'_> {
+    /// The sender's VTEP id. `None` if the outer source is no node's: an overlay with source check drops that.
+    ///
+    /// This asks a table. Where an entry already says who should have sent the packet, [`is_from`](Self::is_from) does not.
+    #[inline(always)]
+    pub(super) fn vtep<T: Tables>(&self, tables: &T) -> Option<u32> {
+        if self.direct.is_some() {
+            return self.direct;
+        }
+        let address = Ipv4::new(self.address.to_ne_bytes());
+        Some(tables.source(&OverlayAddress { overlay: self.id, address })?.vtep)
+    }
+
+    /// Whether it came from the tunnel address of this VTEP. A node may have more: `false` says nothing.
+    #[inline(always)]
+    pub(super) fn is_from<T: Tables>(&self, tables: &T, vtep: u32) -> bool {
+        match self.direct {
+            Some(direct) => direct == vtep,
+            None => tables.vtep(vtep).is_some_and(|vtep| {
+                let slot = vtep.slot();
+                slot.endpoint.word() == self.address
+                    && u32::from(slot.overlay) == self.id
+                    && slot.flags.has(VtepFlags::USED)
+            }),
+        }
+    }
+
+    /// Why a packet is dropped that has this flaw: above all because nobody knows its sender.
+    #[inline(always)]
+    pub(super) fn refused<T: Tables>(&self, tables: &T, flaw: Outcome) -> Verdict {
+        let checked = self.overlay.flags.has(OverlayFlags::SOURCE_CHECK);
+        Verdict::drop(if checked && self.vtep(tables).is_none() { Outcome::OuterSource } else { flaw })
+    }
 }
 
 /// Sends a pod's packet to its client: back through its session, or by the kernel's FIB.
@@ -38,19 +80,17 @@ pub(super) fn to_client<F: Frame, T: Tables>(
     arrived: Arrived<'_>,
 ) -> Result<Verdict, Verdict> {
     // The path back to the pod: 0 while it is not known.
-    let limit = match arrived.vtep {
-        Some(vtep) if mss::applies(frame, arrived.packet, arrived.overlay) => {
-            tables.vtep(vtep).map_or(0, |vtep| vtep.slot().mtu)
-        }
-        _ => 0,
+    let origin = arrived.origin;
+    let limit = if mss::applies(frame, arrived.packet, origin.overlay) {
+        origin.vtep(tables).and_then(|vtep| tables.vtep(vtep)).map_or(0, |vtep| vtep.slot().mtu)
+    } else {
+        0
     };
-    if arrived.overlay.may_be_snat(arrived.packet.destination) {
+    if origin.overlay.may_be_snat(arrived.packet.destination) {
         session::from_pod(frame, tables, arrived, limit)?;
     }
-    if arrived.outcome == Outcome::Decap
-        && let Some(vtep) = arrived.vtep
-    {
-        check_inner_source(tables, arrived.overlay, arrived.id, arrived.packet.source, vtep)?;
+    if arrived.outcome == Outcome::Decap {
+        check_inner_source(tables, origin, arrived.packet.source)?;
     }
     outward::route(frame, tables, arrived.packet, arrived.ecn, limit, arrived.outcome)
 }
@@ -90,37 +130,35 @@ pub(super) fn from_tunnel<'t, F: Frame, T: Tables>(
     };
     check_reserved(overlay, vxlan.flags, vxlan._reserved1, vxlan._reserved2)?;
 
-    let sender = tables.source(&OverlayAddress { overlay: id, address: outer.source });
-    if overlay.flags.has(OverlayFlags::SOURCE_CHECK) && sender.is_none() {
-        return Err(Verdict::drop(Outcome::OuterSource));
+    let origin = Origin { overlay, id, address: outer.source.word(), direct: None };
+    let at = tunnel.udp + TunnelHeaders::LEN;
+    let space = u32::from(carried) - TunnelHeaders::LEN as u32;
+    check_macs(overlay, ethernet.src, ethernet.dst).map_err(|flaw| origin.refused(tables, flaw))?;
+    if ethernet.kind == EtherType::ARP {
+        let (Ok(verdict) | Err(verdict)) = arp::from_tunnel(frame, tables, origin, at, space);
+        return Err(verdict);
     }
-    check_macs(overlay, ethernet.src, ethernet.dst)?;
+    let packet = inner(frame, &ethernet, at, space).map_err(|flaw| origin.refused(tables, flaw))?;
+    let ecn = decapsulated_ecn(outer.tos, packet.tos).map_err(|flaw| origin.refused(tables, flaw))?;
+    Ok(Arrived { packet, origin, ecn, outcome: Outcome::Decap })
+}
 
-    let inner_at = tunnel.udp + TunnelHeaders::LEN;
-    let inner_space = u32::from(carried) - TunnelHeaders::LEN as u32;
+/// The packet in the tunnel at `at`, for which there are `space` bytes; what is wrong with it if there is none.
+#[inline(always)]
+fn inner<F: Frame>(frame: &F, ethernet: &Ethernet, at: usize, space: u32) -> Result<Packet, Outcome> {
     match ethernet.kind {
-        kind if kind == EtherType::IPV4 => {}
-        kind if kind == EtherType::ARP => {
-            let (Ok(verdict) | Err(verdict)) =
-                arp::from_tunnel(frame, tables, overlay, sender, inner_at, inner_space);
-            return Err(verdict);
-        }
-        kind if kind == EtherType::IPV6 => return Err(Verdict::drop(Outcome::InnerIpv6)),
-        kind if kind == EtherType::VLAN || kind == EtherType::SERVICE_VLAN => {
-            return Err(Verdict::drop(Outcome::InnerVlan));
-        }
-        _ => return Err(Verdict::drop(Outcome::InnerEtherType)),
+        EtherType::IPV4 => {}
+        EtherType::IPV6 => return Err(Outcome::InnerIpv6),
+        EtherType::VLAN | EtherType::SERVICE_VLAN => return Err(Outcome::InnerVlan),
+        _ => return Err(Outcome::InnerEtherType),
     }
     if ethernet.dst == Mac::BROADCAST {
-        return Err(Verdict::drop(Outcome::InnerBroadcast));
+        return Err(Outcome::InnerBroadcast);
     }
-    let inner = classify::header(frame, inner_at, inner_space).map_err(|flaw| {
-        let short = matches!(flaw, classify::Flaw::Truncated) || inner_space < 20;
-        Verdict::drop(if short { Outcome::InnerTruncated } else { Outcome::InnerMalformed })
-    })?;
-    let ecn = decapsulated_ecn(outer.tos, inner.tos)?;
-    let vtep = sender.map(|sender| sender.vtep);
-    Ok(Arrived { packet: inner, id, overlay, vtep, ecn, outcome: Outcome::Decap })
+    classify::header(frame, at, space).map_err(|flaw| {
+        let short = matches!(flaw, classify::Flaw::Truncated) || space < 20;
+        if short { Outcome::InnerTruncated } else { Outcome::InnerMalformed }
+    })
 }
 
 /// A plain packet of a pod whose node is reached without a tunnel (flannel's DirectRouting); `None` if it is something
@@ -142,12 +180,16 @@ pub(super) fn from_direct_node<'t, F: Frame, T: Tables>(
             continue;
         };
         if vtep.slot().flags.has(VtepFlags::READY.with(VtepFlags::DIRECT)) {
-            let sender = frame.read::<Ethernet>(0).map(|ethernet| ethernet.src);
-            if overlay.flags.has(OverlayFlags::SOURCE_CHECK) && sender != Some(vtep.slot().next_hop) {
+            // The frame was long enough for its link header before.
+            let Some(ethernet) = frame.read::<Ethernet>(0) else {
+                continue;
+            };
+            let sender = ethernet.src;
+            if overlay.flags.has(OverlayFlags::SOURCE_CHECK) && sender != vtep.slot().next_hop {
                 return Err(Verdict::drop(Outcome::DirectSource));
             }
-            let vtep = Some(route.vtep);
-            return Ok(Some(Arrived { packet, id, overlay, vtep, ecn: None, outcome: Outcome::DirectIn }));
+            let origin = Origin { overlay, id, address: 0, direct: Some(route.vtep) };
+            return Ok(Some(Arrived { packet, origin, ecn: None, outcome: Outcome::DirectIn }));
         }
     }
     Ok(None)
@@ -177,45 +219,42 @@ fn check_reserved(overlay: &Overlay, flags: u8, first: [u8; 3], second: u8) -> R
 }
 
 #[inline(always)]
-fn check_macs(overlay: &Overlay, source: Mac, destination: Mac) -> Result<(), Verdict> {
+fn check_macs(overlay: &Overlay, source: Mac, destination: Mac) -> Result<(), Outcome> {
     if !source.is_station() {
-        return Err(Verdict::drop(Outcome::InnerSourceMac));
+        return Err(Outcome::InnerSourceMac);
     }
     if source == overlay.mac {
-        return Err(Verdict::drop(Outcome::InnerLoop));
+        return Err(Outcome::InnerLoop);
     }
     if destination != overlay.mac && destination != Mac::BROADCAST {
-        return Err(Verdict::drop(Outcome::InnerDestinationMac));
+        return Err(Outcome::InnerDestinationMac);
     }
     Ok(())
 }
 
+/// The pod must be on the node that sent the packet.
 #[inline(always)]
-fn check_inner_source<T: Tables>(
-    tables: &T,
-    overlay: &Overlay,
-    id: u32,
-    source: Ipv4,
-    sender: u32,
-) -> Result<(), Verdict> {
-    if !overlay.flags.has(OverlayFlags::SOURCE_CHECK) {
+fn check_inner_source<T: Tables>(tables: &T, origin: Origin<'_>, source: Ipv4) -> Result<(), Verdict> {
+    if !origin.overlay.flags.has(OverlayFlags::SOURCE_CHECK) {
         return Ok(());
     }
-    match tables.route(id, source) {
-        Some(route) if route.vtep == sender => Ok(()),
-        _ => Err(Verdict::drop(Outcome::InnerSource)),
+    if let Some(route) = tables.route(origin.id, source)
+        && (origin.is_from(tables, route.vtep) || origin.vtep(tables) == Some(route.vtep))
+    {
+        return Ok(());
     }
+    Err(origin.refused(tables, Outcome::InnerSource))
 }
 
 /// The inner ECN bits after decapsulation, if they change (RFC 6040 section 4.2, as Linux `INET_ECN_decapsulate`).
 #[inline(always)]
-fn decapsulated_ecn(outer: u8, inner: u8) -> Result<Option<u8>, Verdict> {
+fn decapsulated_ecn(outer: u8, inner: u8) -> Result<Option<u8>, Outcome> {
     const NOT_ECT: u8 = 0;
     const ECT1: u8 = 1;
     const ECT0: u8 = 2;
     const CE: u8 = 3;
     match (inner & 3, outer & 3) {
-        (NOT_ECT, CE) => Err(Verdict::drop(Outcome::EcnIllegal)),
+        (NOT_ECT, CE) => Err(Outcome::EcnIllegal),
         (ECT0 | ECT1, CE) => Ok(Some(CE)),
         (ECT0, ECT1) => Ok(Some(ECT1)),
         _ => Ok(None),

@@ -34,7 +34,7 @@ pub(super) fn route<F: Frame, T: Tables>(
     let sent = tables.with_way_out(&query, |way| {
         let now = tables.ticks();
         if !way.serves(&query, now) {
-            find(tables, &query, now, way)?;
+            ask(tables, &query, now, way)?;
         }
         // Only now: a packet for the gateway itself may arrive with its last TTL.
         if packet.ttl <= 1 {
@@ -46,9 +46,9 @@ pub(super) fn route<F: Frame, T: Tables>(
     sent.unwrap_or(Err(Verdict::drop(Outcome::ResizeFailed)))
 }
 
-/// Asks the FIB, and fills in the answer.
+/// Asks the FIB, and remembers its answer in `way`.
 #[inline(always)]
-fn find<T: Tables>(tables: &T, query: &FibQuery, now: Ticks, way: &mut WayOut) -> Result<(), Verdict> {
+fn ask<T: Tables>(tables: &T, query: &FibQuery, now: Ticks, way: &mut WayOut) -> Result<(), Verdict> {
     let (ifindex, source, next_hop, mtu) = match tables.fib(query) {
         Fib::Forward { ifindex, source, next_hop, mtu } => (ifindex, source, next_hop, mtu),
         Fib::NotForwarded => return Err(Verdict::pass(Outcome::OutLocal)),

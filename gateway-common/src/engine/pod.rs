@@ -4,7 +4,7 @@ use super::{
     Frame, Tables, Verdict,
     classify::{DONT_FRAGMENT, ICMP, Link, Packet, SCTP, TCP, UDP},
     emit, mss,
-    session::{self, Rewrite},
+    session::{self, End, Rewrite},
     too_big,
 };
 use crate::{
@@ -153,7 +153,14 @@ fn deliver<F: Frame, T: Tables>(
     match emit::to_vtep(frame, link.len, packet.space, slot, outer) {
         Ok(at) => {
             if let Some(rewrite) = target.translation
-                && session::to_pod(frame, at, rewrite, target.outcome).is_none()
+                && session::apply(
+                    frame,
+                    at,
+                    End::Source,
+                    rewrite,
+                    target.outcome == Outcome::SnatErrorForward,
+                )
+                .is_none()
             {
                 return Verdict::drop(Outcome::ResizeFailed);
             }

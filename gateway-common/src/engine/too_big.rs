@@ -177,7 +177,7 @@ pub(super) fn answer_pod<F: Frame, T: Tables>(
 ) -> Verdict {
     let packet = arrived.packet;
     let dropped = Verdict::drop(Outcome::SnatReplyOversize);
-    let Some(vtep) = arrived.vtep.and_then(|vtep| tables.vtep(vtep)) else {
+    let Some(vtep) = arrived.origin.vtep(tables).and_then(|vtep| tables.vtep(vtep)) else {
         return dropped;
     };
     let slot = vtep.slot();

@@ -76,8 +76,8 @@ pub(in crate::engine) fn from_client<'t, F: Frame, T: Tables>(
     if segment.any(Segment::RST) {
         return Err(Verdict::drop(Outcome::SnatNoSession));
     }
-    let (vtep, generation) =
-        resolve(tables, found.overlay, packet.destination).ok_or(Verdict::drop(Outcome::SnatPodGone))?;
+    let (vtep, generation) = resolve(tables, found.overlay, packet.destination, found.vtep)
+        .ok_or(Verdict::drop(Outcome::SnatPodGone))?;
     let tag = key.tag();
     let result = tables.with_opening(|opening| {
         opening.key = key;
@@ -191,7 +191,7 @@ fn target<'t, T: Tables>(
     let overlay = u32::from(entry.overlay());
     let mut vtep = tables.vtep(entry.vtep()).ok_or(Verdict::drop(Outcome::VtepMissing))?;
     if vtep.generation != entry.generation() {
-        let Some((id, generation)) = resolve(tables, overlay, entry.destination()) else {
+        let Some((id, generation)) = resolve(tables, overlay, entry.destination(), entry.vtep()) else {
             end(tables, entry, key);
             return Err(Verdict::drop(Outcome::SnatPodGone));
         };
@@ -219,15 +219,20 @@ fn target<'t, T: Tables>(
     Ok(Target { overlay, vtep, hash: tag, outcome, translation: Some(rewrite) })
 }
 
-/// The VTEP of a pod and its generation. The generation is from before the look-up that counts: a pod that moves
-/// meanwhile raises it, and the next packet looks again.
+/// The VTEP of a pod, which was `known` last, and its generation. The generation is from before the look-up that counts: a
+/// pod that moves meanwhile raises it, and the next packet looks again.
 #[inline(always)]
-fn resolve<T: Tables>(tables: &T, overlay: u32, pod: Ipv4) -> Option<(u32, u32)> {
-    let first = tables.route(overlay, pod)?;
-    let generation = tables.vtep(first.vtep)?.generation;
-    let found = tables.route(overlay, pod)?;
-    let generation = if found == first { generation } else { generation.wrapping_sub(1) };
-    Some((found.vtep, generation))
+fn resolve<T: Tables>(tables: &T, overlay: u32, pod: Ipv4, known: u32) -> Option<(u32, u32)> {
+    let generation = tables.vtep(known).map(|vtep| vtep.generation);
+    let first = tables.route(overlay, pod)?.vtep;
+    if let Some(generation) = generation
+        && first == known
+    {
+        return Some((first, generation));
+    }
+    let generation = tables.vtep(first)?.generation;
+    let found = tables.route(overlay, pod)?.vtep;
+    Some((found, if found == first { generation } else { generation.wrapping_sub(1) }))
 }
 
 /// Ends a session whose pod is gone.

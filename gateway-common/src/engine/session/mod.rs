@@ -24,7 +24,7 @@ pub(super) use reverse::from_pod;
 pub use shared::Shared;
 pub use store::Opening;
 pub use sweep::sweep;
-pub(super) use translate::{Rewrite, to_pod};
+pub(super) use translate::{End, Rewrite, apply};
 
 use super::{Inserted, classify};
 use crate::abi::{Ticks, ticks};

@@ -2,14 +2,13 @@
 
 use super::{
     Shared, track,
-    translate::{self, Rewrite},
+    translate::{self, End, Rewrite},
     tuple::{self, Kind, Segment, Side},
 };
 use crate::{
     abi::{Outcome, OverlayFlags, Phase, Reverse},
     engine::{
         Frame, Tables, Verdict,
-        classify::Packet,
         emit::{self, Outward},
         ingress::Arrived,
         too_big,
@@ -32,18 +31,18 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
         Kind::Error(quoted) => {
             (quoted.reversed(), Segment::default(), Outcome::SnatErrorReply, Outcome::SnatErrorUnrelated)
         }
-        Kind::Fragment => return refuse(tables, packet, Outcome::SnatFragment),
-        Kind::Other => return refuse(tables, packet, Outcome::SnatProtocol),
-        Kind::Malformed => return refuse(tables, packet, Outcome::SnatMalformed),
-        Kind::Options => return refuse(tables, packet, Outcome::SnatOptions),
+        Kind::Fragment => return refuse(tables, arrived, Outcome::SnatFragment),
+        Kind::Other => return refuse(tables, arrived, Outcome::SnatProtocol),
+        Kind::Malformed => return refuse(tables, arrived, Outcome::SnatMalformed),
+        Kind::Options => return refuse(tables, arrived, Outcome::SnatOptions),
     };
-    let key = tuple.reverse_key(arrived.id);
+    let key = tuple.reverse_key(arrived.origin.id);
     let Some(entry) = tables.reverse(&key).filter(|entry| entry.tag() == key.tag()) else {
-        return refuse(tables, packet, missing);
+        return refuse(tables, arrived, missing);
     };
     let state = entry.state();
     if state.phase() == Phase::Dead {
-        return refuse(tables, packet, missing);
+        return refuse(tables, arrived, missing);
     }
     check_sender(tables, &entry, arrived, outcome)?;
     if packet.ttl <= 1 {
@@ -69,7 +68,8 @@ pub(in crate::engine) fn from_pod<F: Frame, T: Tables>(
     let outward = Outward { link: &link, vlan: hop.vlan(), ecn: arrived.ecn };
     let at = emit::to_outside(frame, packet.at, outward)
         .map_err(|verdict| verdict.or_drop(Outcome::ResizeFailed))?;
-    translate::to_client(frame, at, rewrite, outcome).ok_or(Verdict::drop(Outcome::ResizeFailed))?;
+    translate::apply(frame, at, End::Destination, rewrite, outcome == Outcome::SnatErrorReply)
+        .ok_or(Verdict::drop(Outcome::ResizeFailed))?;
     Err(Verdict::send(outcome, port.ifindex, tables.config()).clamping(limit))
 }
 
@@ -92,8 +92,8 @@ fn note<T: Tables>(tables: &T, entry: &Shared<Reverse>, segment: &Segment) {
 
 /// A packet of no session: dropped if it is to a SNAT address, else none of ours.
 #[inline(always)]
-fn refuse<T: Tables>(tables: &T, packet: Packet, reason: Outcome) -> Result<(), Verdict> {
-    if tables.is_snat(packet.destination) { Err(Verdict::drop(reason)) } else { Ok(()) }
+fn refuse<T: Tables>(tables: &T, arrived: Arrived<'_>, reason: Outcome) -> Result<(), Verdict> {
+    if tables.is_snat(arrived.packet.destination) { Err(arrived.origin.refused(tables, reason)) } else { Ok(()) }
 }
 
 /// A session's packets come from the node of its pod; if that moved, the pod's table knows. An ICMP error may come from
@@ -105,25 +105,32 @@ fn check_sender<T: Tables>(
     arrived: Arrived<'_>,
     outcome: Outcome,
 ) -> Result<(), Verdict> {
-    if !arrived.overlay.flags.has(OverlayFlags::SOURCE_CHECK) {
+    if !arrived.origin.overlay.flags.has(OverlayFlags::SOURCE_CHECK) {
         return Ok(());
     }
-    let Some(vtep) = arrived.vtep else {
-        return Err(Verdict::drop(Outcome::SnatReplySource));
-    };
     let is_packet = outcome == Outcome::SnatReply;
-    match (entry.vtep() == vtep, is_packet) {
+    let refused = || Err(arrived.origin.refused(tables, Outcome::SnatReplySource));
+    let known = entry.vtep();
+    let vtep = if arrived.origin.is_from(tables, known) {
+        known
+    } else {
+        let Some(vtep) = arrived.origin.vtep(tables) else {
+            return refused();
+        };
+        vtep
+    };
+    match (vtep == known, is_packet) {
         (true, true) => return Ok(()),
-        (false, false) => return Err(Verdict::drop(Outcome::SnatReplySource)),
+        (false, false) => return refused(),
         _ => {}
     }
-    match tables.route(arrived.id, arrived.packet.source) {
+    match tables.route(arrived.origin.id, arrived.packet.source) {
         Some(route) if route.vtep == vtep => {
             if is_packet {
                 entry.set_vtep(vtep);
             }
             Ok(())
         }
-        _ => Err(Verdict::drop(Outcome::SnatReplySource)),
+        _ => refused(),
     }
 }

@@ -7,7 +7,7 @@ use super::{
     tuple::{QUOTE, SHORT_HEADER},
 };
 use crate::{
-    abi::{Forward, Outcome, Reverse},
+    abi::{Forward, Reverse},
     checksum::Sum,
     engine::Frame,
     wire::{Be16, Ipv4},
@@ -15,8 +15,10 @@ use crate::{
 
 /// Which end of a packet changes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
+pub(in crate::engine) enum End {
+    /// On the way to a pod.
     Source,
+    /// On the way to a client.
     Destination,
 }
 
@@ -56,33 +58,17 @@ impl Rewrite {
     }
 }
 
-/// Translates the packet to a pod at `at`, which is counted as `outcome`. `None` if the frame ends too early, which was
-/// ruled out before.
+/// Translates `end` of the packet at `at`; of an ICMP error also the packet that it quotes. `None` if the frame ends too
+/// early, which was ruled out before.
 #[inline(always)]
-pub(in crate::engine) fn to_pod<F: Frame>(
+pub(in crate::engine) fn apply<F: Frame>(
     frame: &mut F,
     at: usize,
+    end: End,
     rewrite: Rewrite,
-    outcome: Outcome,
+    is_error: bool,
 ) -> Option<()> {
-    match outcome {
-        Outcome::SnatErrorForward => error(frame, at, End::Source, rewrite),
-        _ => packet(frame, at, End::Source, rewrite),
-    }
-}
-
-/// Translates the packet of a pod at `at`; as above.
-#[inline(always)]
-pub(super) fn to_client<F: Frame>(
-    frame: &mut F,
-    at: usize,
-    rewrite: Rewrite,
-    outcome: Outcome,
-) -> Option<()> {
-    match outcome {
-        Outcome::SnatErrorReply => error(frame, at, End::Destination, rewrite),
-        _ => packet(frame, at, End::Destination, rewrite),
-    }
+    if is_error { error(frame, at, end, rewrite) } else { packet(frame, at, end, rewrite) }
 }
 
 const TCP_CHECKSUM: usize = 16;
@@ -90,7 +76,7 @@ const UDP_CHECKSUM: usize = 6;
 const ICMP_CHECKSUM: usize = 2;
 const ICMP_IDENTIFIER: usize = 4;
 
-/// Rewrites one end of the packet at `at`. `None` if the frame ends too early, which was ruled out before.
+/// Rewrites one end of the packet at `at`.
 #[inline(always)]
 fn packet<F: Frame>(frame: &mut F, at: usize, end: End, rewrite: Rewrite) -> Option<()> {
     let ip = frame.write::<Ipv4Hdr>(at)?;
