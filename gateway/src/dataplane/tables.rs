@@ -30,7 +30,7 @@ pub struct TrieKey {
 
 /// A table could not be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {verb} table {table}: {source}{}", advice(source))]
+#[error("cannot {verb} table {table}: {}", reason(table, source))]
 pub struct TableError {
     /// `read`, `write to` or `delete from`.
     verb: &'static str,
@@ -51,11 +51,26 @@ impl TableError {
     }
 }
 
-fn advice(error: &io::Error) -> &'static str {
+fn reason(table: &str, error: &io::Error) -> String {
     match error.raw_os_error() {
-        Some(libc::E2BIG | libc::ENOSPC) => " (the table is full: raise its size, max_... under [datapath])",
-        Some(libc::EPERM) => " (root, or CAP_BPF and CAP_NET_ADMIN, is needed)",
-        _ => "",
+        // The kernel's own words for it are "Argument list too long".
+        Some(libc::E2BIG | libc::ENOSPC) => match size_key(table) {
+            Some(key) => format!("it is full: raise {key} under [datapath]"),
+            None => "it is full".to_owned(),
+        },
+        Some(libc::EPERM) => format!("{error} (root, or CAP_BPF and CAP_NET_ADMIN, is needed)"),
+        _ => error.to_string(),
+    }
+}
+
+/// The key under `[datapath]` that sets a table's size, if one does.
+fn size_key(table: &str) -> Option<&'static str> {
+    match table {
+        map::PODS => Some("max_pods"),
+        map::PREFIXES => Some("max_prefixes"),
+        map::VTEPS => Some("max_vteps"),
+        map::SOURCES => Some("max_sources"),
+        _ => None,
     }
 }
 
@@ -326,3 +341,20 @@ impl Tables {
 }
 
 const _: () = assert!(size_of::<TrieKey>() == 12);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_table_names_its_setting() {
+        let full = |table| {
+            TableError::new("write to", table, io::Error::from_raw_os_error(libc::E2BIG)).to_string()
+        };
+        assert_eq!(
+            full(map::PODS),
+            "cannot write to table PODS: it is full: raise max_pods under [datapath]"
+        );
+        assert_eq!(full(map::EGRESS), "cannot write to table EGRESS: it is full");
+    }
+}
