@@ -20,6 +20,12 @@ fn every_case_of_the_program_does_what_it_should() {
         "program.reference.tx",
         "program.reference.encap",
         "program.reference.decap",
+        "program.piece.redirect",
+        "program.piece.head",
+        "program.piece.hash",
+        "program.piece.time",
+        "program.piece.length",
+        "program.piece.fib",
     ] {
         assert!(cases.iter().any(|case| case.name == name), "{name} was not measured");
     }

@@ -28,7 +28,7 @@ macro_rules! constants {
             $(#[$doc])*
             #[unsafe(no_mangle)]
             #[unsafe(link_section = ".rodata.driver")]
-            static $name: $crate::constants::Constant<$type> = $crate::constants::Constant::new($value);
+            pub(crate) static $name: $crate::constants::Constant<$type> = $crate::constants::Constant::new($value);
         )+
     };
 }

@@ -3,6 +3,7 @@
 //!
 //! - [`programs`]: the least that a program can do, and the least that can be called VXLAN encapsulation and
 //!   decapsulation.
+//! - [`pieces`]: what such programs are made of, one by one.
 //! - [`driver`]: restores the frame before each round of `BPF_PROG_TEST_RUN`, for another flow each time, and tail-calls
 //!   the program that is measured.
 //! - [`live`]: what sends, counts and drops frames that really leave.
@@ -19,6 +20,7 @@
 mod constants;
 mod driver;
 mod live;
+mod pieces;
 mod programs;
 
 use aya_ebpf::{EbpfContext as _, helpers::generated::bpf_xdp_adjust_head, programs::XdpContext};

@@ -18,7 +18,7 @@ use crate::{front, live, move_front};
 
 /// Pods and the finished headers of their nodes. The benchmark sets the size.
 #[btf_map]
-static REF_PODS: HashMap<Ipv4, VtepSlot, 1> = HashMap::new();
+pub(crate) static REF_PODS: HashMap<Ipv4, VtepSlot, 1> = HashMap::new();
 /// Packets that were encapsulated or decapsulated.
 #[btf_map]
 static REF_COUNTER: PerCpuArray<Counter, 1> = PerCpuArray::new();

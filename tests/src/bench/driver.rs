@@ -213,6 +213,12 @@ pub(super) const TX: &str = "ref_tx";
 pub(super) const ENCAP: &str = "ref_encap";
 pub(super) const DECAP: &str = "ref_decap";
 pub(super) const REDIRECT: &str = "ref_redirect";
+/// Programs that do one thing and drop.
+pub(super) const HEAD: &str = "piece_head";
+pub(super) const HASH: &str = "piece_hash";
+pub(super) const TIME: &str = "piece_time";
+pub(super) const LENGTH: &str = "piece_length";
+pub(super) const FIB: &str = "piece_fib";
 pub(super) const SINK: &str = "sink";
 pub(super) const SINK_TC: &str = "sink_tc";
 
@@ -239,10 +245,10 @@ pub(super) fn program<'a>(object: &'a mut Ebpf, name: &str) -> Result<&'a mut Xd
 }
 
 impl Reference {
-    /// With these pods and the headers of their nodes, in a table of so many entries.
-    pub(super) fn new(pods: &[(Ipv4, VtepSlot)], entries: u32) -> Result<Self> {
-        let mut ebpf = load(0, pods, entries)?;
-        for name in [DROP, TX, ENCAP, DECAP] {
+    /// As [`load`].
+    pub(super) fn new(out: u32, pods: &[(Ipv4, VtepSlot)], entries: u32) -> Result<Self> {
+        let mut ebpf = load(out, pods, entries)?;
+        for name in [DROP, TX, REDIRECT, ENCAP, DECAP, HEAD, HASH, TIME, LENGTH, FIB] {
             program(&mut ebpf, name)?;
         }
         Ok(Self { ebpf })

@@ -69,7 +69,7 @@ const REFERENCE_DECAP: &str = "program.reference.decap";
 pub(super) const FLOOR: &str = REFERENCE_DROP;
 
 /// Every case, but the floor.
-pub(super) const CASES: [Case; 13] = [
+pub(super) const CASES: [Case; 19] = [
     Case {
         name: REFERENCE_TX,
         reference: REFERENCE_DROP,
@@ -82,7 +82,7 @@ pub(super) const CASES: [Case; 13] = [
         name: REFERENCE_ENCAP,
         reference: REFERENCE_DROP,
         subject: Subject::Reference(driver::ENCAP),
-        returned: XDP_TX,
+        returned: XDP_REDIRECT,
         feed: routed,
         output: |place, flow, output| {
             tunnelled_out(place.underlay_mac, flow.node, &routed_packet(flow), source_port(output))
@@ -92,10 +92,16 @@ pub(super) const CASES: [Case; 13] = [
         name: REFERENCE_DECAP,
         reference: REFERENCE_DROP,
         subject: Subject::Reference(driver::DECAP),
-        returned: XDP_TX,
+        returned: XDP_REDIRECT,
         feed: returning,
         output: |place, flow, _| Link::new(ROUTER_MAC, place.underlay_mac).ip(&returning_packet(flow)),
     },
+    piece("program.piece.redirect", driver::REDIRECT, XDP_REDIRECT),
+    piece("program.piece.head", driver::HEAD, XDP_DROP),
+    piece("program.piece.hash", driver::HASH, XDP_DROP),
+    piece("program.piece.time", driver::TIME, XDP_DROP),
+    piece("program.piece.length", driver::LENGTH, XDP_DROP),
+    piece("program.piece.fib", driver::FIB, XDP_DROP),
     Case {
         name: "program.arp",
         reference: REFERENCE_TX,
@@ -113,10 +119,7 @@ pub(super) const CASES: [Case; 13] = [
         subject: Subject::Gateway(Side::External, Outcome::Encap),
         returned: XDP_REDIRECT,
         feed: routed,
-        output: |place, flow, output| {
-            let packet = routed_packet(flow).hop();
-            tunnelled_out(place.underlay_mac, flow.node, &packet, source_port(output))
-        },
+        output: encapsulated,
     },
     Case {
         name: "program.encap.prefix",
@@ -128,10 +131,7 @@ pub(super) const CASES: [Case; 13] = [
             let frame = plain(place.external_mac, &routed_packet(flow));
             Feed { pod: Ipv4::new(flow.pod), frame, ..routed(place) }
         },
-        output: |place, flow, output| {
-            let packet = routed_packet(flow).hop();
-            tunnelled_out(place.underlay_mac, flow.node, &packet, source_port(output))
-        },
+        output: encapsulated,
     },
     Case {
         name: "program.decap",
@@ -201,6 +201,18 @@ pub(super) const CASES: [Case; 13] = [
     },
 ];
 
+/// A program of the reference object that does one thing and leaves the frame as it is.
+const fn piece(name: &'static str, program: &'static str, returned: u32) -> Case {
+    Case {
+        name,
+        reference: REFERENCE_DROP,
+        subject: Subject::Reference(program),
+        returned,
+        feed: routed,
+        output: |place, flow, _| plain(place.external_mac, &routed_packet(flow)),
+    }
+}
+
 /// The flow with this number of a case.
 pub(super) fn flow(feed: &Feed, number: u32) -> Flow {
     Flow::new(number, feed.pod.octets[3], feed.first_port)
@@ -232,6 +244,11 @@ fn still(place: &Place, frame: Vec<u8>, undo: (i32, i32)) -> Feed {
 fn routed(place: &Place) -> Feed {
     let packet = routed_packet(Flow::new(0, POD, FIRST_PORT));
     feed(place, Shape::Client, plain(place.external_mac, &packet))
+}
+
+/// What the gateway makes of them.
+fn encapsulated(place: &Place, flow: Flow, output: &[u8]) -> Vec<u8> {
+    tunnelled_out(place.underlay_mac, flow.node, &routed_packet(flow).hop(), source_port(output))
 }
 
 fn routed_packet(flow: Flow) -> Ip {

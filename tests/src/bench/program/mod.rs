@@ -100,7 +100,8 @@ impl Group {
                 World::new(bpffs, &format!("bench-{index}"), *scale).with_context(|| format!("{scale:?}"))?;
             let (headers, entries) = world.headers()?;
             open_sessions(&mut world).with_context(|| format!("opening the sessions of {scale:?}"))?;
-            group.worlds.push((world, Reference::new(&headers, entries)?));
+            let reference = Reference::new(world.out, &headers, entries)?;
+            group.worlds.push((world, reference));
         }
         for world in 0..group.worlds.len() {
             for case in &CASES {

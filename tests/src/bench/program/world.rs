@@ -29,13 +29,15 @@ use gateway_common::{
 };
 
 use crate::bench::{
-    flow::Flow,
+    flow::{Flow, UNDERLAY},
     place::{self, Place, Scale, Side},
 };
 
 /// A gateway with its tables.
 pub(super) struct World {
     pub(super) place: Place,
+    /// Index of the interface that faces the nodes.
+    pub(super) out: u32,
     pins: Pins,
     external: Loaded,
     underlay: Loaded,
@@ -54,6 +56,7 @@ impl World {
         };
         let mut world = Self {
             place: Place::new(scale, &host)?,
+            out: place::link(&host, UNDERLAY)?.index,
             pins: Pins::new(bpffs, name),
             external: load(Side::External)?,
             underlay: load(Side::Underlay)?,
