@@ -270,7 +270,7 @@ impl Start {
         self.prepare(&mut rig, 0);
         let calls = rig.cut_off(usize::MAX).calls;
         rig.gateway.restart(rig.lab.gateway()).unwrap();
-        assert!(calls > 100, "only {calls} calls");
+        assert!(calls > 50, "only {calls} calls");
         let step = (calls / samples).max(1);
         let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
         for (round, last) in (1..=calls).step_by(step).enumerate() {

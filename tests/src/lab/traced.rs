@@ -24,8 +24,8 @@ use nix::{
 
 use super::host::Host;
 
-/// Calls that change what outlives a process: maps, programs, links, pins, files, netlink.
-const CHANGING: [(libc::c_long, &str); 16] = [
+/// Calls that may change what outlives a process: pins, links, table entries, files, netlink.
+const CHANGING: [(libc::c_long, &str); 15] = [
     (libc::SYS_bpf, "bpf"),
     (libc::SYS_openat, "openat"),
     (libc::SYS_write, "write"),
@@ -41,8 +41,35 @@ const CHANGING: [(libc::c_long, &str); 16] = [
     (libc::SYS_mount, "mount"),
     (libc::SYS_sendto, "sendto"),
     (libc::SYS_sendmsg, "sendmsg"),
-    (libc::SYS_close, "close"),
 ];
+
+/// Commands of bpf(2) whose effect ends with the process (Linux `include/uapi/linux/bpf.h`, `enum bpf_cmd`): a process
+/// that dies before one of them leaves what it leaves before the next call. Maps, programs and BTF are gone unless pinned,
+/// which takes a call of its own; the others only read.
+const TRACELESS: [u64; 18] = [
+    0,  // MAP_CREATE
+    1,  // MAP_LOOKUP_ELEM
+    4,  // MAP_GET_NEXT_KEY
+    5,  // PROG_LOAD
+    7,  // OBJ_GET
+    11, // PROG_GET_NEXT_ID
+    12, // MAP_GET_NEXT_ID
+    13, // PROG_GET_FD_BY_ID
+    14, // MAP_GET_FD_BY_ID
+    15, // OBJ_GET_INFO_BY_FD
+    16, // PROG_QUERY
+    18, // BTF_LOAD
+    19, // BTF_GET_FD_BY_ID
+    22, // MAP_FREEZE
+    23, // BTF_GET_NEXT_ID
+    24, // MAP_LOOKUP_BATCH
+    30, // LINK_GET_FD_BY_ID
+    31, // LINK_GET_NEXT_ID
+];
+
+/// Flags of openat(2) by which the call itself changes something.
+#[expect(clippy::cast_sign_loss, reason = "a set of bits")]
+const CREATES: u64 = (libc::O_CREAT | libc::O_TRUNC) as u64;
 
 /// How a traced run came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,7 +160,13 @@ fn entering(thread: Pid) -> Option<&'static str> {
         return None;
     }
     // SAFETY: at an entry the kernel has filled in this member.
-    let number = unsafe { info.u.entry.nr };
-    let number = libc::c_long::try_from(number).ok()?;
-    CHANGING.iter().find(|(changing, _)| *changing == number).map(|(_, name)| *name)
+    let entry = unsafe { info.u.entry };
+    let number = libc::c_long::try_from(entry.nr).ok()?;
+    let (_, name) = CHANGING.iter().find(|(changing, _)| *changing == number)?;
+    let traceless = match number {
+        libc::SYS_bpf => TRACELESS.contains(&entry.args[0]),
+        libc::SYS_openat => entry.args[2] & CREATES == 0,
+        _ => false,
+    };
+    if traceless { None } else { Some(name) }
 }
