@@ -238,12 +238,15 @@ fn check_inner_source<T: Tables>(tables: &T, origin: Origin<'_>, source: Ipv4) -
     if !origin.overlay.flags.has(OverlayFlags::SOURCE_CHECK) {
         return Ok(());
     }
-    if let Some(route) = tables.route(origin.id, source)
-        && (origin.is_from(tables, route.vtep) || origin.vtep(tables) == Some(route.vtep))
-    {
+    let route = tables.route(origin.id, source);
+    if route.is_some_and(|route| origin.is_from(tables, route.vtep)) {
         return Ok(());
     }
-    Err(origin.refused(tables, Outcome::InnerSource))
+    match (origin.vtep(tables), route) {
+        (None, _) => Err(Verdict::drop(Outcome::OuterSource)),
+        (Some(vtep), Some(route)) if route.vtep == vtep => Ok(()),
+        _ => Err(Verdict::drop(Outcome::InnerSource)),
+    }
 }
 
 /// The inner ECN bits after decapsulation, if they change (RFC 6040 section 4.2, as Linux `INET_ECN_decapsulate`).
