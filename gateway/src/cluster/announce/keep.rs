@@ -40,6 +40,9 @@ const LOOK: Duration = Duration::from_mins(1);
 /// A Node that somebody changes all the time is put right so often at most.
 const REST: Duration = Duration::from_secs(1);
 
+/// How often the list of taints, which has no owner, is read and written anew because somebody else changes the Node.
+const TAINT_TRIES: u32 = 5;
+
 /// Why something was not done.
 #[derive(Clone, Debug)]
 pub enum Refusal {
@@ -139,18 +142,38 @@ pub async fn apply(linked: &Linked, announcement: &Announcement, timing: &Timing
         }
         node = Some(write(linked, announcement, object, timing).await?);
     }
-    if let Some(node) = &node
-        && let Some(taints) = Announcement::taints(node)
+    if let Some(node) = node
+        && taint(linked, announcement, node, timing).await?
+        && done == Done::Nothing
     {
-        let parameters =
-            PatchParams { field_manager: Some(announcement.manager()), ..PatchParams::default() };
-        let request = nodes().patch(name, &parameters, &Patch::Merge(&taints));
-        exchange::fetch::<Node>(linked, Request::PatchNode.right(), request, timing.idle).await?;
-        if done == Done::Nothing {
-            done = Done::Changed;
-        }
+        done = Done::Changed;
     }
     Ok(done)
+}
+
+/// Puts the taints on the Node; false if they are there.
+async fn taint(
+    linked: &Linked,
+    announcement: &Announcement,
+    mut node: Node,
+    timing: &Timing,
+) -> Result<bool, Failure> {
+    let name = &announcement.name;
+    let parameters = PatchParams { field_manager: Some(announcement.manager()), ..PatchParams::default() };
+    let mut tries = 0;
+    while let Some(taints) = Announcement::taints(&node) {
+        let request = nodes().patch(name, &parameters, &Patch::Merge(&taints));
+        tries += 1;
+        match exchange::fetch::<Node>(linked, Request::PatchNode.right(), request, timing.idle).await {
+            Ok(_) => return Ok(true),
+            // Controllers write to every Node that is new.
+            Err(Failure::Status { code: 409, .. }) if tries < TAINT_TRIES => {}
+            Err(failure) => return Err(failure),
+        }
+        let Some(newer) = get(linked, name, timing).await? else { return Ok(false) };
+        node = newer;
+    }
+    Ok(false)
 }
 
 /// Whether the Node may be written.
@@ -183,7 +206,7 @@ async fn write(
     };
     match send(parameters.clone()).await {
         Err(Failure::Status { code: 409, message, .. }) => {
-            warn!("Node {}: {message}; taken back", announcement.name);
+            warn!("Node {}: {}; taken back", announcement.name, message.replace('\n', " "));
             send(parameters.force()).await
         }
         other => other,
@@ -259,7 +282,7 @@ async fn tell_ready(linked: &Linked, announcement: &Announcement, timing: &Timin
             ],
         },
     });
-    let parameters = PatchParams::apply(&announcement.manager()).force();
+    let parameters = PatchParams::apply(&announcement.status_manager()).force();
     let request =
         nodes().patch_subresource("status", &announcement.name, &parameters, &Patch::Apply(&status));
     exchange::fetch::<Node>(linked, Request::PatchNodeStatus.right(), request, timing.idle).await.map(drop)

@@ -65,6 +65,12 @@ impl Announcement {
         format!("{MANAGER}-{}", self.instance)
     }
 
+    /// Field manager of the Node's status. Servers before 1.22 do not tell status from the rest in what a manager owns: by
+    /// the same name the status would take the place of annotations and labels.
+    pub(super) fn status_manager(&self) -> String {
+        format!("{}-status", self.manager())
+    }
+
     /// The Node, without its taint: that list belongs to nobody alone.
     pub fn render(&self) -> Value {
         self.rendered(&self.backend_data(false))
