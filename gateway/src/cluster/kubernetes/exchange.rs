@@ -43,11 +43,14 @@ pub(in crate::cluster) async fn fetch<T: DeserializeOwned>(
     serde_json::from_slice(&text).map_err(|error| Failure::Nonsense(error.to_string()))
 }
 
-/// Appends the next piece of a body; false at its end.
+/// Appends the next piece of a body, for which the server may be silent so long; false at its end.
 pub(super) async fn fill(body: &mut Body, text: &mut Vec<u8>, patience: Duration) -> Result<bool, Failure> {
-    let Some(frame) = timeout(patience, body.frame()).await.map_err(|_| silent(patience))? else {
-        return Ok(false);
-    };
+    timeout(patience, next(body, text)).await.map_err(|_| silent(patience))?
+}
+
+/// Appends the next piece of a body, whenever it comes; false at its end.
+pub(super) async fn next(body: &mut Body, text: &mut Vec<u8>) -> Result<bool, Failure> {
+    let Some(frame) = body.frame().await else { return Ok(false) };
     if let Some(data) = frame.map_err(broken)?.data_ref() {
         text.extend_from_slice(data);
     }

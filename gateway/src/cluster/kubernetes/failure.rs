@@ -8,6 +8,9 @@ use kube::config::KubeconfigError;
 use super::request::Right;
 use crate::cluster::problem::Problem;
 
+/// As whom a server takes requests without credentials, in its own words.
+const ANONYMOUS: &str = "User \"system:anonymous\"";
+
 /// Why there is no answer, or none that helps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -23,6 +26,8 @@ pub enum Failure {
     Broken(String),
     /// 401.
     Unauthorized,
+    /// 403 because no credentials were sent; what the server says.
+    Anonymous(String),
     /// 403: what was asked for, and what the server says.
     Forbidden(Right, String),
     /// 410: the history that was asked for is gone.
@@ -82,6 +87,10 @@ impl Failure {
                 format!("{server} does not accept the credentials (401)"),
                 "renew the certificate or token of the kubeconfig's user: it may have expired".to_owned(),
             ),
+            Self::Anonymous(message) => (
+                format!("{server} takes the gateway for nobody, who may do nothing (403): {message}"),
+                "give the kubeconfig's user a certificate, a token or an exec plugin".to_owned(),
+            ),
             Self::Forbidden(right, message) => (
                 format!("may not {right} (403): {message}"),
                 "apply deploy/rbac.yaml, and bind its role to the user of the kubeconfig".to_owned(),
@@ -109,15 +118,27 @@ impl Failure {
         let status: Option<kube::core::Status> = serde_json::from_slice(body).ok();
         let message = match status {
             Some(status) if !status.message.is_empty() => status.message,
-            _ => code.canonical_reason().unwrap_or("unknown status").to_owned(),
+            _ => {
+                plain(body).unwrap_or_else(|| code.canonical_reason().unwrap_or("unknown status")).to_owned()
+            }
         };
         match code {
             StatusCode::UNAUTHORIZED => Self::Unauthorized,
+            StatusCode::FORBIDDEN if message.contains(ANONYMOUS) => Self::Anonymous(message),
             StatusCode::FORBIDDEN => Self::Forbidden(right, message),
             StatusCode::GONE => Self::Gone,
             code => Self::Status { code: code.as_u16(), message, retry_after },
         }
     }
+}
+
+/// An answer of few words, such as that of a server that is too busy to make an object of it; no page of a proxy.
+fn plain(body: &[u8]) -> Option<&str> {
+    const LONGEST: usize = 200;
+    let text = str::from_utf8(body).ok()?.trim();
+    let is_sentence =
+        (1..=LONGEST).contains(&text.len()) && !text.starts_with(['<', '{']) && !text.contains('\n');
+    is_sentence.then_some(text)
 }
 
 impl From<KubeconfigError> for Failure {
@@ -200,4 +221,43 @@ fn chain(error: &(dyn StdError + 'static)) -> String {
         let cause = cause.to_string();
         if text.contains(&cause) { text } else { format!("{text}: {cause}") }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::request::Request, *};
+
+    fn of(code: StatusCode, body: &str) -> Failure {
+        Failure::of_status(Request::GetNode.right(), code, None, body.as_bytes())
+    }
+
+    /// As kube-apiserver 1.20.2 words it for whoever shows no credentials.
+    #[test]
+    fn who_is_taken_for_nobody_lacks_credentials_and_no_role() {
+        let forbidden = |user: &str| {
+            let message =
+                format!(r#"nodes \"x\" is forbidden: User \"{user}\" cannot get resource \"nodes\""#);
+            let body =
+                format!(r#"{{"kind":"Status","message":"{message}","reason":"Forbidden","code":403}}"#);
+            of(StatusCode::FORBIDDEN, &body)
+        };
+        let nobody = forbidden("system:anonymous");
+        assert!(matches!(nobody, Failure::Anonymous(_)), "{nobody:?}");
+        assert!(nobody.wants_new_client(), "mended in place, the kubeconfig is read again");
+        assert!(nobody.problem("here", "it").remedy.contains("token"));
+        assert!(matches!(forbidden("bob"), Failure::Forbidden(..)));
+    }
+
+    /// A server that is too busy answers in plain text; proxies answer with pages.
+    #[test]
+    fn a_sentence_is_told_and_a_page_is_not() {
+        let told = |body: &str| match of(StatusCode::TOO_MANY_REQUESTS, body) {
+            Failure::Status { message, .. } => message,
+            other => panic!("{other:?}"),
+        };
+        let busy = "Too many requests, please try again later.";
+        assert_eq!(told(&format!("{busy}\n")), busy);
+        assert_eq!(told("<html><body>429</body></html>"), "Too Many Requests");
+        assert_eq!(told(""), "Too Many Requests");
+    }
 }

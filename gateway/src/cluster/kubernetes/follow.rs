@@ -9,7 +9,7 @@ use kube::core::params::{ListParams, WatchParams};
 use tokio::{
     sync::{mpsc, oneshot},
     task,
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tracing::{debug, info};
 
@@ -326,11 +326,15 @@ impl Follower {
         kube::core::Request::new(format!("/api/v1/{}", self.kind.plural()))
     }
 
-    /// Watches until the server ends it.
+    /// Watches until the server ends it, or says nothing.
+    ///
+    /// Silence has three reasons. The connection may be dead. Nothing of this kind may have changed: real servers send
+    /// bookmarks, but none that is not newer than where the watch began. Or the server was restored from a backup and has
+    /// not come as far yet: it tells nothing until then. A list by a new connection is right in all three.
     async fn watch(&mut self, linked: &Linked, mut position: Position) -> Outcome {
         let right = Request::Watch(self.kind).right();
-        let timeout = u32::try_from(self.timing.watch.as_secs()).unwrap_or(u32::MAX).max(1);
-        let parameters = WatchParams::default().timeout(timeout);
+        let seconds = u32::try_from(self.timing.watch.as_secs()).unwrap_or(u32::MAX).max(1);
+        let parameters = WatchParams::default().timeout(seconds);
         let request = self.path().watch(&parameters, &position.version);
         let response = match exchange::ask(linked, right, request, self.timing.idle).await {
             Ok(response) => response,
@@ -341,10 +345,16 @@ impl Follower {
         let mut body = response.into_body();
         let mut buffer = Vec::new();
         loop {
-            match exchange::fill(&mut body, &mut buffer, self.timing.idle).await {
-                Ok(true) => {}
-                Ok(false) => return Ok(Ok(())),
-                Err(failure) => return Ok(Err(failure)),
+            match timeout(self.timing.idle, exchange::next(&mut body, &mut buffer)).await {
+                Ok(Ok(true)) => {}
+                Ok(Ok(false)) => return Ok(Ok(())),
+                Ok(Err(failure)) => return Ok(Err(failure)),
+                Err(_) => {
+                    debug!("{}: nothing was heard; listing again", self.kind.plural());
+                    self.link.discard(linked.generation).await;
+                    self.position = None;
+                    return Ok(Ok(()));
+                }
             }
             let mut begin = 0;
             while let Some(length) = buffer[begin..].iter().position(|byte| *byte == b'\n') {

@@ -79,7 +79,8 @@ pub struct Timing {
     pub first_pause: Duration,
     /// Pause after many failures in a row.
     pub longest_pause: Duration,
-    /// A connection on which nothing is heard for so long is given up. Servers send bookmarks every minute.
+    /// How long an answer may take, and a watch may be silent; then everything is listed by another connection. Servers
+    /// send bookmarks every minute once something has happened.
     pub idle: Duration,
     /// The server is asked to end a watch after this.
     pub watch: Duration,
