@@ -31,6 +31,8 @@ pub struct Options {
     pub rbac: Option<PathBuf>,
     /// Between bookmarks of a watch.
     pub bookmarks: Duration,
+    /// Field managers own status and the rest as one, as on servers before 1.22.
+    pub one_owner: bool,
     /// Nodes and pods that it begins with.
     pub sample: (u32, u32),
 }
@@ -41,6 +43,7 @@ impl Default for Options {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             rbac: None,
             bookmarks: Duration::from_secs(1),
+            one_owner: false,
             sample: (0, 0),
         }
     }
@@ -124,6 +127,9 @@ fn launch(directory: &Path, options: &Options) -> Result<(Child, SocketAddr)> {
         // It ends with its input, so it does not outlive us.
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
+    if options.one_owner {
+        command.arg("--one-owner");
+    }
     if let Some(rbac) = &options.rbac {
         command.arg("--rbac").arg(rbac);
     }

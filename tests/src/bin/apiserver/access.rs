@@ -22,6 +22,8 @@ use serde_json::{Value, json};
 
 use crate::resource::Resource;
 
+/// Whoever shows no credentials.
+pub(crate) const ANONYMOUS: &str = "system:anonymous";
 /// May do anything, the controls of this server included.
 pub(crate) const ADMIN: &str = "admin";
 /// The user that RBAC manifests bind.
@@ -38,6 +40,10 @@ pub(crate) struct User {
 impl User {
     pub(crate) fn is_admin(&self) -> bool {
         self.name == ADMIN
+    }
+
+    pub(crate) fn is_anonymous(&self) -> bool {
+        self.name == ANONYMOUS
     }
 }
 
@@ -104,8 +110,11 @@ impl Access {
         Some(User { name: self.by_token.get(token)?.clone() })
     }
 
-    /// Whether the rules allow it. Without rules everybody may do everything.
+    /// Whether the rules allow it. Without rules everybody who is known may do everything.
     pub(crate) fn allows(&self, user: &User, wish: &Wish) -> bool {
+        if user.is_anonymous() {
+            return false;
+        }
         let Some(rules) = &self.rules else { return true };
         user.is_admin()
             || rules.iter().any(|rule| {

@@ -136,7 +136,10 @@ pub(crate) fn failure(code: u16, retry_after: Option<u32>) -> Failure {
         401 => return Failure::unauthorized(),
         403 => ("Forbidden", "forbidden by a fault"),
         410 => ("Expired", "too old resource version"),
-        429 => ("TooManyRequests", "Too many requests, please try again later."),
+        429 => {
+            let busy = Failure::plain(code, "Too many requests, please try again later.");
+            return Failure { retry_after, ..busy };
+        }
         503 => ("ServiceUnavailable", "the server is currently unable to handle the request"),
         _ => ("InternalError", "Internal error occurred: a fault was asked for"),
     };

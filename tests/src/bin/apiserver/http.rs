@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     convert::Infallible,
-    io,
+    fmt, io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 use tokio::{sync::watch as channel, time::sleep};
 
 use crate::{
-    access::{Access, User, Wish},
-    failure::Failure,
+    access::{ANONYMOUS, Access, User, Wish},
+    failure::{self, Failure},
     faults::{self, Delivery, Fault, Faults, What},
     objects::{self, Patch, Writer},
     resource::{Key, Resource},
@@ -36,6 +36,8 @@ pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
 pub(crate) struct Shared {
     pub(crate) access: Access,
     pub(crate) bookmark_interval: Duration,
+    /// Field managers own status and the rest as one.
+    one_owner: bool,
     store: Mutex<Store>,
     faults: Mutex<Faults>,
     /// How often each thing was asked for.
@@ -45,10 +47,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(access: Access, store: Store, bookmark_interval: Duration) -> Self {
+    pub(crate) fn new(access: Access, store: Store, bookmark_interval: Duration, one_owner: bool) -> Self {
         Self {
             access,
             bookmark_interval,
+            one_owner,
             store: Mutex::new(store),
             faults: Mutex::default(),
             requests: Mutex::default(),
@@ -124,9 +127,16 @@ impl Selector {
 /// What a path means.
 #[derive(Debug)]
 enum Target {
-    Resource { resource: Resource, namespace: String, name: String, status: bool },
+    Resource {
+        resource: Resource,
+        namespace: String,
+        name: String,
+        status: bool,
+    },
     Control(String),
     Discovery(Value),
+    /// In a group that is known.
+    NoResource,
     Nothing,
 }
 
@@ -152,6 +162,8 @@ fn target(path: &str) -> Target {
         ["apis", group, "v1", rest @ ..] => (*group, rest),
         _ => return Target::Nothing,
     };
+    let known = Resource::ALL.into_iter().any(|resource| resource.group() == group);
+    let nothing = || if known { Target::NoResource } else { Target::Nothing };
     let found = |plural: &str| Resource::find(group, plural);
     let resource = |resource, namespace: &str, name: &str, status| Target::Resource {
         resource,
@@ -168,18 +180,18 @@ fn target(path: &str) -> Target {
             (Some(r), [name, "status"]) if r.is_namespaced() && r.has_status() => {
                 resource(r, namespace, name, true)
             }
-            _ => Target::Nothing,
+            _ => nothing(),
         },
-        [plural] => found(plural).map_or(Target::Nothing, |r| resource(r, "", "", false)),
+        [plural] => found(plural).map_or_else(nothing, |r| resource(r, "", "", false)),
         [plural, name] => match found(plural) {
             Some(r) if !r.is_namespaced() => resource(r, "", name, false),
-            _ => Target::Nothing,
+            _ => nothing(),
         },
         [plural, name, "status"] => match found(plural) {
             Some(r) if !r.is_namespaced() && r.has_status() => resource(r, "", name, true),
-            _ => Target::Nothing,
+            _ => nothing(),
         },
-        _ => Target::Nothing,
+        _ => nothing(),
     }
 }
 
@@ -252,10 +264,21 @@ pub(crate) async fn answer(
 }
 
 fn refuse(failure: &Failure) -> Response<Body> {
-    let mut response = reply(failure.code, &failure.status());
+    let mut response = if failure.plain {
+        text(failure.code, format!("{}\n", failure.message))
+    } else {
+        reply(failure.code, &failure.status())
+    };
     if let Some(seconds) = failure.retry_after {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }
+    response
+}
+
+fn text(code: StatusCode, text: String) -> Response<Body> {
+    let mut response = whole(code, text.into());
+    let kind = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
 }
 
@@ -287,7 +310,16 @@ async fn handle(
     let query = query(&request);
     let path = request.uri().path().to_owned();
     match target(&path) {
+        Target::NoResource | Target::Nothing | Target::Discovery(_)
+            if user.is_anonymous() && !is_public(&path) =>
+        {
+            let verb = request.method().as_str().to_lowercase();
+            let message = format!("forbidden: User {ANONYMOUS:?} cannot {verb} path {path:?}");
+            Err(Failure::new(StatusCode::FORBIDDEN, "Forbidden", message))
+        }
         Target::Nothing => Err(Failure::no_such_path()),
+        Target::NoResource => Err(Failure::no_such_resource()),
+        Target::Discovery(Value::String(word)) => Ok(text(StatusCode::OK, word)),
         Target::Discovery(value) => Ok(reply(StatusCode::OK, &value)),
         Target::Control(what) => {
             if !user.is_admin() {
@@ -346,8 +378,16 @@ async fn handle(
     }
 }
 
+/// What the role `system:public-info-viewer` lets everybody read.
+fn is_public(path: &str) -> bool {
+    matches!(path, "/healthz" | "/livez" | "/readyz" | "/version")
+}
+
 fn forbidden(wish: &Wish, user: &User) -> Failure {
-    Failure::new(StatusCode::FORBIDDEN, "Forbidden", wish.forbidden(&user.name))
+    Failure {
+        details: failure::about(wish.resource, &wish.name),
+        ..Failure::new(StatusCode::FORBIDDEN, "Forbidden", wish.forbidden(&user.name))
+    }
 }
 
 fn identify(
@@ -361,7 +401,8 @@ fn identify(
             .ok()
             .and_then(|text| text.strip_prefix("Bearer "))
             .and_then(|t| shared.access.token(t)),
-        None => certificate,
+        // Whoever shows nothing is somebody, too, who may do nothing here.
+        None => certificate.or_else(|| Some(User { name: ANONYMOUS.to_owned() })),
     };
     user.ok_or_else(Failure::unauthorized)
 }
@@ -405,12 +446,12 @@ async fn serve(
     let key = Key::new(namespace, name);
     let agent = request.headers().get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
     let agent = agent.and_then(|agent| agent.split('/').next()).unwrap_or(&user.name).to_owned();
-    let writer =
-        Writer { manager: query.get("fieldManager").cloned().unwrap_or_else(|| agent.clone()), status };
+    let manager = query.get("fieldManager").cloned().unwrap_or(agent);
+    let writer = Writer { manager, status, one_owner: shared.one_owner };
     match *verb {
         "watch" => {
             let watch = watch_request(resource, namespace.clone(), name, query, &delivery)?;
-            return Ok(deliver(watch::pieces(shared.clone(), watch)?, &delivery));
+            return Ok(deliver(watch::pieces(shared.clone(), watch), &delivery));
         }
         "list" => {
             let page = list(shared, resource, namespace, query, delivery.malformed.as_deref())?;
@@ -448,26 +489,35 @@ fn write(
     let (resource, status) = (*resource, *status);
     let key = Key::new(namespace, name);
     let mut store = shared.store();
+    let mut fork = None;
+    let store: &mut Store = match query.get("dryRun").map(String::as_str) {
+        None => &mut store,
+        Some("All") => fork.insert(store.fork()),
+        Some(other) => return Err(Failure::bad_request(format!("dryRun of {other:?} is not supported"))),
+    };
     Ok(match *verb {
-        "create" => (StatusCode::CREATED, objects::create(&mut store, resource, namespace, body, writer)?),
-        "update" => (StatusCode::OK, objects::replace(&mut store, resource, &key, body, writer)?),
+        "create" => (StatusCode::CREATED, objects::create(store, resource, namespace, body, writer)?),
+        "update" => (StatusCode::OK, objects::replace(store, resource, &key, body, writer)?),
         "patch" => {
             let patch = match content {
                 "application/merge-patch+json" => Patch::Merge,
                 "application/strategic-merge-patch+json" => Patch::Strategic,
                 "application/apply-patch+yaml" => {
                     if !query.contains_key("fieldManager") {
-                        return Err(Failure::bad_request(
-                            "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value",
+                        return Err(Failure::new(
+                            StatusCode::UNPROCESSABLE_ENTITY,
+                            "Invalid",
+                            "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply \
+                             patch",
                         ));
                     }
                     Patch::Apply { force: query.get("force").is_some_and(|force| force == "true") }
                 }
-                other => {
+                _ => {
                     return Err(Failure::new(
                         StatusCode::UNSUPPORTED_MEDIA_TYPE,
                         "UnsupportedMediaType",
-                        format!("patches of type {other:?} are not supported here"),
+                        "415: Unsupported Media Type",
                     ));
                 }
             };
@@ -486,14 +536,16 @@ fn write(
                 }
             }
             let code = if known { StatusCode::OK } else { StatusCode::CREATED };
-            (code, objects::patch(&mut store, resource, &key, &body, patch, writer)?)
+            (code, objects::patch(store, resource, &key, &body, patch, writer)?)
         }
         "delete" => {
             let mut options = if body.is_object() { body } else { json!({}) };
             if let Some(grace) = query.get("gracePeriodSeconds").and_then(|text| text.parse::<i64>().ok()) {
                 options["gracePeriodSeconds"] = json!(grace);
             }
-            (StatusCode::OK, objects::delete(&mut store, resource, &key, &options)?)
+            let last = objects::delete(store, resource, &key, &options)?;
+            // The last state of pods alone is told.
+            (StatusCode::OK, if resource == Resource::Pod { last } else { deleted(resource, &last) })
         }
         "deletecollection" => {
             let selector = Selector::parse(query.get("labelSelector"), query.get("fieldSelector"))?;
@@ -504,7 +556,7 @@ fn write(
                 .map(|(key, _)| key.clone())
                 .collect();
             for key in keys {
-                objects::delete(&mut store, resource, &key, &body)?;
+                objects::delete(store, resource, &key, &body)?;
             }
             (
                 StatusCode::OK,
@@ -513,6 +565,17 @@ fn write(
         }
         _ => return Err(Failure::no_such_path()),
     })
+}
+
+/// The answer to a deletion.
+fn deleted(resource: Resource, last: &[u8]) -> Bytes {
+    let last: Value = serde_json::from_slice(last).unwrap_or_default();
+    let mut details = failure::about(resource, last["metadata"]["name"].as_str().unwrap_or_default());
+    details["uid"] = last["metadata"]["uid"].clone();
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details,
+    });
+    status.to_string().into()
 }
 
 fn number(query: &BTreeMap<String, String>, key: &str) -> Result<Option<u64>, Failure> {
@@ -552,6 +615,36 @@ fn watch_request(
     })
 }
 
+/// Where a list goes on: the revision, 0 for whatever there is then, and the last key.
+struct Continue(u64, Key);
+
+impl Continue {
+    fn at(revision: u64, last: &Key) -> Self {
+        Self(revision, last.clone())
+    }
+
+    /// At no revision: what comes does not fit what was there before.
+    fn anyway(last: &Key) -> Self {
+        Self(0, last.clone())
+    }
+
+    fn parse(token: &str) -> Option<Self> {
+        let mut parts = token.split('_');
+        let revision = parts.next()?.parse().ok()?;
+        Some(Self(revision, Key::new(parts.next()?, parts.next()?)))
+    }
+
+    fn place(self) -> (Option<u64>, Key) {
+        ((self.0 > 0).then_some(self.0), self.1)
+    }
+}
+
+impl fmt::Display for Continue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}_{}_{}", self.0, self.1.namespace, self.1.name)
+    }
+}
+
 /// A page of a list.
 fn list(
     shared: &Shared,
@@ -565,13 +658,17 @@ fn list(
         number(query, "limit")?.and_then(|limit| usize::try_from(limit).ok()).filter(|limit| *limit > 0);
     let wanted = number(query, "resourceVersion")?;
     let mut store = shared.store();
-    let (revision, start) = match query.get("continue").filter(|token| !token.is_empty()) {
+    let (revision, after) = match query.get("continue").filter(|token| !token.is_empty()) {
+        Some(_) if wanted.is_some() => {
+            return Err(Failure::bad_request(
+                "specifying resource version is not allowed when using continue",
+            ));
+        }
         Some(token) => {
-            let (revision, start) = token
-                .split_once('.')
-                .and_then(|(revision, start)| Some((revision.parse().ok()?, start.parse().ok()?)))
-                .ok_or_else(|| Failure::bad_request("continue key is not valid"))?;
-            (revision, start)
+            let (revision, after) = Continue::parse(token)
+                .ok_or_else(|| Failure::bad_request("invalid continue token: continue key is not valid"))?
+                .place();
+            (revision.unwrap_or(store.revision()), Some(after))
         }
         None => match (wanted, query.get("resourceVersionMatch").map(String::as_str)) {
             (Some(exact), Some("Exact")) => {
@@ -580,17 +677,23 @@ fn list(
                         "The resourceVersion for the provided list is too old: {exact}"
                     )));
                 }
-                (exact, 0)
+                (exact, None)
             }
             (Some(least), _) if least > store.revision() => {
                 store.snapshot(resource, least, false)?;
-                (least, 0)
+                (least, None)
             }
-            _ => (store.revision(), 0),
+            _ => (store.revision(), None),
         },
     };
     // The real server answers from the compacted state only what is the newest.
-    let snapshot = store.snapshot(resource, revision, limit.is_some())?;
+    let snapshot = store.snapshot(resource, revision, limit.is_some()).map_err(|failure| match &after {
+        Some(after) if failure.code == StatusCode::GONE => {
+            Failure { token: Some(Continue::anyway(after).to_string()), ..failure }
+        }
+        _ => failure,
+    })?;
+    let start = after.map_or(0, |after| snapshot.partition_point(|(key, _)| *key <= after));
     let (items, end) = page(&snapshot, start, limit, namespace, &selector, malformed);
     let more = end < snapshot.len();
     if !more && limit.is_some() {
@@ -599,12 +702,14 @@ fn list(
     drop(store);
     let mut metadata = json!({ "resourceVersion": revision.to_string() });
     if more {
-        metadata["continue"] = json!(format!("{revision}.{end}"));
+        metadata["continue"] = json!(Continue::at(revision, &snapshot[end - 1].0).to_string());
         if selector.is_empty() && namespace.is_empty() {
             metadata["remainingItemCount"] = json!(snapshot.len() - end);
         }
     }
     let mut text = Vec::with_capacity(items.iter().map(|item| item.len() + 1).sum::<usize>() + 256);
+    // What the list is of stands once, in front.
+    let types = format!(r#"{{"apiVersion":"{}","kind":"{}","#, resource.api_version(), resource.kind());
     let head = json!({ "kind": format!("{}List", resource.kind()), "apiVersion": resource.api_version(), "metadata": metadata });
     let head = head.to_string();
     text.extend_from_slice(&head.as_bytes()[..head.len() - 1]);
@@ -613,7 +718,13 @@ fn list(
         if index > 0 {
             text.push(b',');
         }
-        text.extend_from_slice(item);
+        match item.strip_prefix(types.as_bytes()) {
+            Some(rest) => {
+                text.push(b'{');
+                text.extend_from_slice(rest);
+            }
+            None => text.extend_from_slice(item),
+        }
     }
     text.extend_from_slice(b"]}\n");
     Ok(text.into())

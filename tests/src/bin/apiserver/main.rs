@@ -1,8 +1,9 @@
 //! A Kubernetes API server for tests: the real list, watch and write protocols over TLS, with faults on demand.
 //!
-//! It has Nodes, Pods, Leases, ConfigMaps and Namespaces, and nothing that acts on them: no controllers, no scheduler.
-//! What it fills in and refuses is what `kube-apiserver` does for these. Its controls lie under `/control`, for the
-//! administrator:
+//! It has Nodes, Pods, Leases, ConfigMaps and Namespaces, and nothing that acts on them: no scheduler, and of controllers
+//! only what they do to every new Node.
+//! What it fills in, refuses and answers is what `kube-apiserver` does for these, as it was compared with version 1.20.2.
+//! Its controls lie under `/control`, for the administrator:
 //!
 //! | request | effect |
 //! |---|---|
@@ -71,6 +72,9 @@ struct Arguments {
     /// Milliseconds between bookmarks of a watch
     #[arg(long, default_value_t = 1000)]
     bookmark_ms: u64,
+    /// Do not tell status from the rest in what a field manager owns, as servers before 1.22
+    #[arg(long)]
+    one_owner: bool,
     /// Begin with so many nodes
     #[arg(long, default_value_t = 0)]
     nodes: u32,
@@ -107,7 +111,8 @@ async fn main() -> Result<()> {
     if arguments.nodes > 0 {
         sample::fill(&mut store, arguments.nodes, arguments.pods)?;
     }
-    let shared = Arc::new(Shared::new(access, store, Duration::from_millis(arguments.bookmark_ms)));
+    let bookmark_interval = Duration::from_millis(arguments.bookmark_ms);
+    let shared = Arc::new(Shared::new(access, store, bookmark_interval, arguments.one_owner));
     // Whoever started it waits for this line.
     println!("{}", json!({ "address": address, "directory": directory }));
 

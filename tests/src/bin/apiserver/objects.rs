@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -25,11 +24,13 @@ pub(crate) struct Writer {
     pub(crate) manager: String,
     /// Through `/status`.
     pub(crate) status: bool,
+    /// What is written through `/status` is owned with all else.
+    pub(crate) one_owner: bool,
 }
 
 impl Writer {
     fn subresource(&self) -> &'static str {
-        if self.status { "status" } else { "" }
+        if self.status && !self.one_owner { "status" } else { "" }
     }
 }
 
@@ -77,6 +78,7 @@ pub(crate) fn create(
 ) -> Result<Bytes, Failure> {
     let name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let key = Key::new(namespace, &name);
+    check_namespace(store, namespace)?;
     if store.get(resource, &key).is_some() {
         return Err(Failure::exists(resource, &name));
     }
@@ -86,6 +88,12 @@ pub(crate) fn create(
     }
     own_all(resource, &mut object, writer);
     insert(store, resource, key, object)
+}
+
+/// Nothing is made where there is no namespace.
+fn check_namespace(store: &Store, namespace: &str) -> Result<(), Failure> {
+    let known = namespace.is_empty() || store.get(Resource::Namespace, &Key::new("", namespace)).is_some();
+    if known { Ok(()) } else { Err(Failure::not_found(Resource::Namespace, namespace)) }
 }
 
 fn insert(store: &mut Store, resource: Resource, key: Key, mut object: Value) -> Result<Bytes, Failure> {
@@ -98,7 +106,63 @@ fn insert(store: &mut Store, resource: Resource, key: Key, mut object: Value) ->
     metadata["uid"] = json!(new_uid());
     metadata["creationTimestamp"] = json!(now());
     validate(resource, &key.name, &mut object, None)?;
-    Ok(store.put(resource, key, object))
+    if resource == Resource::Node {
+        fill_node_status(&mut object["status"]);
+    }
+    let made = store.put(resource, key.clone(), object);
+    if resource == Resource::Node {
+        touch_node(store, &key, &made);
+    }
+    Ok(made)
+}
+
+/// What the controller manager does to a Node as soon as it sees it: whoever made it has an old version in his hands.
+fn touch_node(store: &mut Store, key: &Key, made: &Bytes) {
+    let writer = Writer { manager: "kube-controller-manager".to_owned(), status: false, one_owner: false };
+    let mut object = parse(made);
+    object["metadata"]["annotations"]["node.alpha.kubernetes.io/ttl"] = json!("0");
+    // Nothing forbids another annotation.
+    let _ = update(store, Resource::Node, key, &parse(made), object, &writer);
+}
+
+/// What stands in the status of every Node.
+fn fill_node_status(status: &mut Value) {
+    const TEXTS: [&str; 10] = [
+        "architecture",
+        "bootID",
+        "containerRuntimeVersion",
+        "kernelVersion",
+        "kubeProxyVersion",
+        "kubeletVersion",
+        "machineID",
+        "operatingSystem",
+        "osImage",
+        "systemUUID",
+    ];
+    for text in TEXTS {
+        let text = &mut status["nodeInfo"][text];
+        if text.is_null() {
+            *text = json!("");
+        }
+    }
+    let port = &mut status["daemonEndpoints"]["kubeletEndpoint"]["Port"];
+    if port.is_null() {
+        *port = json!(0);
+    }
+}
+
+/// What the admission plugin `TaintNodesByCondition` does to a Node that is new: the taint stays until a controller sees
+/// that it is ready.
+fn admit_node(spec: &mut Value) {
+    const NOT_READY: &str = "node.kubernetes.io/not-ready";
+    let taints = &mut spec["taints"];
+    if !taints.is_array() {
+        *taints = json!([]);
+    }
+    let Some(taints) = taints.as_array_mut() else { return };
+    if !taints.iter().any(|taint| taint["key"] == NOT_READY && taint["effect"] == "NoSchedule") {
+        taints.push(json!({ "key": NOT_READY, "effect": "NoSchedule" }));
+    }
 }
 
 fn own_all(resource: Resource, object: &mut Value, writer: &Writer) {
@@ -138,6 +202,9 @@ pub(crate) fn patch(
         return apply(store, resource, key, live, body, force, writer);
     }
     let live = live.ok_or_else(|| Failure::not_found(resource, &key.name))?;
+    if body["metadata"]["name"].as_str().is_some_and(|name| name != key.name) {
+        return Err(Failure::other_name(&body["metadata"]["name"], &key.name));
+    }
     let mut object = live.clone();
     merge(&mut object, body, kind == Patch::Strategic);
     update(store, resource, key, &live, object, writer)
@@ -173,27 +240,26 @@ fn merge(target: &mut Value, patch: &Value, strategic: bool) {
     }
 }
 
-/// What a write may change: the object without its status, or the status alone.
+/// What a write may change: the object without its status, or without its spec.
 fn restrict(resource: Resource, live: &Value, mut object: Value, status: bool) -> Value {
     if !resource.has_status() {
         return object;
     }
-    if status {
-        let mut changed = live.clone();
-        changed["status"] = object["status"].take();
-        changed["metadata"]["resourceVersion"] = object["metadata"]["resourceVersion"].take();
-        changed["metadata"]["managedFields"] = object["metadata"]["managedFields"].take();
-        return changed;
-    }
-    match live.get("status") {
-        Some(status) => object["status"] = status.clone(),
+    let fixed = fixed(status);
+    match live.get(fixed) {
+        Some(value) => object[fixed] = value.clone(),
         None => {
             if let Some(fields) = object.as_object_mut() {
-                fields.remove("status");
+                fields.remove(fixed);
             }
         }
     }
     object
+}
+
+/// What a write leaves as it is. Annotations and labels are written by both paths.
+fn fixed(status: bool) -> &'static str {
+    if status { "spec" } else { "status" }
 }
 
 fn update(
@@ -258,6 +324,9 @@ fn apply(
     force: bool,
     writer: &Writer,
 ) -> Result<Bytes, Failure> {
+    if config["metadata"]["name"].as_str().is_some_and(|name| name != key.name) {
+        return Err(Failure::other_name(&config["metadata"]["name"], &key.name));
+    }
     if config["metadata"]["managedFields"].as_array().is_some_and(|entries| !entries.is_empty()) {
         return Err(Failure::bad_request("metadata.managedFields must be nil"));
     }
@@ -265,19 +334,17 @@ fn apply(
         return Err(Failure::bad_request("apiVersion and kind of the patch do not fit the resource"));
     }
     let mut config = config.clone();
-    if resource.has_status() {
-        let skeleton = json!({ "metadata": { "name": key.name } });
-        if writer.status {
-            config = json!({ "metadata": skeleton["metadata"], "status": config["status"] });
-        } else if let Some(fields) = config.as_object_mut() {
-            fields.remove("status");
-        }
+    if resource.has_status()
+        && let Some(fields) = config.as_object_mut()
+    {
+        fields.remove(fixed(writer.status));
     }
     let wanted = fields::leaves(resource, &config);
     let Some(live) = live else {
         if writer.status {
             return Err(Failure::not_found(resource, &key.name));
         }
+        check_namespace(store, &key.namespace)?;
         config["metadata"]["name"] = json!(key.name);
         let mut owners = Vec::new();
         add(&mut owners, writer, "Apply", wanted);
@@ -288,15 +355,13 @@ fn apply(
     let mut owners = fields::owners(&live);
     let conflicts = conflicts(&live, &config, &wanted, &owners, writer);
     if !conflicts.is_empty() && !force {
-        return Err(conflict(&conflicts));
+        return Err(conflict(resource, &conflicts, &owners));
     }
     let own = owners.iter().find(|owner| is_of(owner, writer, "Apply")).map(|owner| owner.fields.clone());
-    owners.retain(|owner| !is_of(owner, writer, "Apply"));
-    for owner in &mut owners {
-        let lost: Vec<&Path> =
-            conflicts.iter().filter(|(manager, _)| *manager == owner.manager).map(|(_, path)| path).collect();
-        owner.fields.retain(|path| !lost.contains(&path));
+    for (at, path) in &conflicts {
+        owners[*at].fields.remove(path);
     }
+    owners.retain(|owner| !is_of(owner, writer, "Apply"));
     let mut object = live.clone();
     for path in own.iter().flatten().filter(|path| !wanted.contains(*path)) {
         if !owners.iter().any(|owner| owner.fields.contains(path)) {
@@ -319,45 +384,52 @@ fn apply(
     Ok(store.put(resource, key.clone(), object))
 }
 
-/// Fields that another manager owns with another value.
+/// Fields that another manager owns with another value; with its place among the owners.
 fn conflicts(
     live: &Value,
     config: &Value,
     wanted: &BTreeSet<Path>,
     owners: &[Owner],
     writer: &Writer,
-) -> Vec<(String, Path)> {
-    let others = owners.iter().filter(|owner| !is_of(owner, writer, "Apply"));
+) -> Vec<(usize, Path)> {
+    let others = owners.iter().enumerate().filter(|(_, owner)| !is_of(owner, writer, "Apply"));
     others
-        .flat_map(|owner| owner.fields.iter().map(|path| (&owner.manager, path)))
+        .flat_map(|(at, owner)| owner.fields.iter().map(move |path| (at, path)))
         .filter(|(_, path)| wanted.contains(*path) && fields::get(live, path) != fields::get(config, path))
-        .map(|(manager, path)| (manager.clone(), path.clone()))
+        .map(|(at, path)| (at, path.clone()))
         .collect()
 }
 
-fn conflict(conflicts: &[(String, Path)]) -> Failure {
-    let mut by_manager: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (manager, path) in conflicts {
-        by_manager.entry(manager.clone()).or_default().push(fields::display(path));
-    }
-    let count = conflicts.len();
-    let list: Vec<String> =
-        by_manager.iter().map(|(manager, paths)| format!("{manager:?}: {}", paths.join(", "))).collect();
-    let mut failure = Failure::new(
-        hyper::StatusCode::CONFLICT,
-        "Conflict",
-        format!(
-            "Apply failed with {count} conflict{}: conflicts with {}",
-            if count == 1 { "" } else { "s" },
-            list.join("; ")
-        ),
-    );
+fn conflict(resource: Resource, conflicts: &[(usize, Path)], owners: &[Owner]) -> Failure {
+    let title = |at: usize| {
+        let Owner { manager, operation, subresource, .. } = &owners[at];
+        let part =
+            if subresource.is_empty() { String::new() } else { format!(" with subresource {subresource:?}") };
+        let version =
+            if operation == "Update" { format!(" using {}", resource.api_version()) } else { String::new() };
+        format!("{manager:?}{part}{version}")
+    };
+    let message = match conflicts {
+        [(at, path)] => format!("1 conflict: conflict with {}: {}", title(*at), fields::display(path)),
+        several => {
+            let mut by_owner: BTreeMap<usize, String> = BTreeMap::new();
+            for (at, path) in several {
+                let list = by_owner.entry(*at).or_insert_with(|| format!("conflicts with {}:", title(*at)));
+                list.push_str("\n- ");
+                list.push_str(&fields::display(path));
+            }
+            let lists: Vec<String> = by_owner.into_values().collect();
+            format!("{} conflicts: {}", several.len(), lists.join("\n"))
+        }
+    };
+    let message = format!("Apply failed with {message}");
+    let mut failure = Failure::new(hyper::StatusCode::CONFLICT, "Conflict", message);
     failure.details["causes"] = conflicts
         .iter()
-        .map(|(manager, path)| {
+        .map(|(at, path)| {
             json!({
                 "reason": "FieldManagerConflict",
-                "message": format!("conflict with {manager:?}"),
+                "message": format!("conflict with {}", title(*at)),
                 "field": fields::display(path),
             })
         })
@@ -374,11 +446,14 @@ pub(crate) fn delete(
 ) -> Result<Bytes, Failure> {
     let live = parse(store.get(resource, key).ok_or_else(|| Failure::not_found(resource, &key.name))?);
     let preconditions = &options["preconditions"];
-    for field in ["uid", "resourceVersion"] {
+    for (field, title) in [("uid", "UID"), ("resourceVersion", "ResourceVersion")] {
+        let found = live["metadata"][field].as_str().unwrap_or_default();
         if let Some(wanted) = preconditions[field].as_str()
-            && live["metadata"][field].as_str() != Some(wanted)
+            && found != wanted
         {
-            let why = format!("the {field} in the precondition ({wanted}) does not match");
+            let why = format!(
+                "the {title} in the precondition ({wanted}) does not match the {title} in record ({found})"
+            );
             return Err(Failure::conflict(resource, &key.name, &why));
         }
     }
@@ -408,7 +483,8 @@ fn check_preconditions(resource: Resource, key: &Key, live: &Value, metadata: &V
     if let Some(uid) = metadata["uid"].as_str().filter(|uid| !uid.is_empty())
         && live["metadata"]["uid"].as_str() != Some(uid)
     {
-        return Err(Failure::conflict(resource, &key.name, "the UID does not match"));
+        let why = format!("Invalid value: {uid:?}: field is immutable");
+        return Err(Failure::invalid(resource, &key.name, "metadata.uid", &why));
     }
     Ok(())
 }
@@ -456,7 +532,7 @@ fn validate(resource: Resource, name: &str, object: &mut Value, live: Option<&Va
             resource,
             name,
             "metadata.name",
-            "must be a lowercase RFC 1123 subdomain",
+            "Invalid value: a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.'",
         ));
     }
     for (place, required) in [("metadata", true), ("spec", false), ("status", false)] {
@@ -477,7 +553,11 @@ fn validate(resource: Resource, name: &str, object: &mut Value, live: Option<&Va
             )));
         }
     }
-    if resource == Resource::Node { validate_node(name, object, live) } else { Ok(()) }
+    match resource {
+        Resource::Node => validate_node(name, object, live),
+        Resource::Lease => validate_lease(object),
+        _ => Ok(()),
+    }
 }
 
 fn validate_node(name: &str, object: &mut Value, live: Option<&Value>) -> Result<(), Failure> {
@@ -486,68 +566,82 @@ fn validate_node(name: &str, object: &mut Value, live: Option<&Value>) -> Result
         object["spec"] = json!({});
     }
     let spec = &mut object["spec"];
+    if live.is_none() {
+        admit_node(spec);
+    }
     if let Some(cidr) = spec["podCIDR"].as_str().filter(|cidr| !cidr.is_empty()).map(str::to_owned) {
-        let list = spec["podCIDRs"].as_array().filter(|list| !list.is_empty());
-        match list.map(|list| list[0].as_str() == Some(&cidr)) {
-            Some(true) => {}
-            Some(false) => return Err(invalid("spec.podCIDRs", "podCIDR does not match podCIDRs[0]")),
-            None => spec["podCIDRs"] = json!([cidr]),
+        // The first of the list is the same field: a patch of one of them alone changes both.
+        if spec["podCIDRs"].get(0).and_then(Value::as_str) != Some(&cidr) {
+            spec["podCIDRs"] = json!([cidr]);
         }
     } else if let Some(first) = spec["podCIDRs"].get(0).cloned() {
         spec["podCIDR"] = first;
     }
     let list = spec["podCIDRs"].as_array().cloned().unwrap_or_default();
     let mut families = BTreeSet::new();
-    for cidr in &list {
-        let net = cidr.as_str().and_then(|text| text.parse::<IpNet>().ok());
-        match net {
-            Some(net) if net.addr() == net.network() => {
-                if !families.insert(net.addr().is_ipv4()) {
-                    return Err(invalid(
-                        "spec.podCIDRs",
-                        "may specify no more than one CIDR for each IP family",
-                    ));
-                }
-            }
-            _ => return Err(invalid("spec.podCIDRs", "must be a valid CIDR value, (e.g. 10.9.8.0/24)")),
+    for (at, cidr) in list.iter().enumerate() {
+        // Host bits do not matter here.
+        let Some(net) = cidr.as_str().and_then(|text| text.parse::<IpNet>().ok()) else {
+            let why = format!("Invalid value: []string{{{cidr}}}: must be valid CIDR");
+            return Err(invalid(&format!("spec.podCIDRs[{at}]"), &why));
+        };
+        if !families.insert(net.addr().is_ipv4()) {
+            let why = "Invalid value: may specify no more than one CIDR for each IP family";
+            return Err(invalid("spec.podCIDRs", why));
         }
     }
+    validate_taints(name, spec)?;
     if let Some(fields) = spec.as_object_mut() {
         fields.retain(|_, value| !value.is_null());
-    }
-    for taint in spec["taints"].as_array().into_iter().flatten() {
-        let effect = taint["effect"].as_str().unwrap_or_default();
-        if taint["key"].as_str().is_none_or(str::is_empty)
-            || !matches!(effect, "NoSchedule" | "PreferNoSchedule" | "NoExecute")
-        {
-            return Err(invalid("spec.taints", "needs a key and a known effect"));
-        }
-    }
-    if let Some(fields) = spec.as_object_mut() {
-        fields.retain(|_, value| !value.is_null());
-    }
-    for address in object["status"]["addresses"].as_array().into_iter().flatten() {
-        let is_ip = matches!(address["type"].as_str(), Some("InternalIP" | "ExternalIP"));
-        if is_ip && address["address"].as_str().is_none_or(|text| text.parse::<IpAddr>().is_err()) {
-            return Err(invalid("status.addresses", "must be a valid IP address"));
-        }
     }
     let Some(live) = live else { return Ok(()) };
     let before = &live["spec"];
     let had = before["podCIDRs"].as_array().is_some_and(|list| !list.is_empty());
     if had && before["podCIDRs"] != object["spec"]["podCIDRs"] {
-        return Err(invalid(
-            "spec.podCIDRs",
-            "node updates may not change podCIDR except from \"\" to valid",
-        ));
+        let why = "Forbidden: node updates may not change podCIDR except from \"\" to valid";
+        return Err(invalid("spec.podCIDRs", why));
     }
     if before["providerID"].as_str().is_some_and(|id| !id.is_empty())
         && before["providerID"] != object["spec"]["providerID"]
     {
-        return Err(invalid(
-            "spec.providerID",
-            "Forbidden: node updates may not change providerID except from \"\" to valid",
-        ));
+        let why = "Forbidden: node updates may not change providerID except from \"\" to valid";
+        return Err(invalid("spec.providerID", why));
+    }
+    Ok(())
+}
+
+fn validate_taints(name: &str, spec: &Value) -> Result<(), Failure> {
+    let mut seen = BTreeSet::new();
+    for (at, taint) in spec["taints"].as_array().into_iter().flatten().enumerate() {
+        let text = |field: &str| taint[field].as_str().unwrap_or_default().to_owned();
+        let (key, effect) = (text("key"), text("effect"));
+        let invalid = |field: &str, why: &str| {
+            Failure::invalid(Resource::Node, name, &format!("metadata.taints[{at}]{field}"), why)
+        };
+        if key.is_empty() {
+            return Err(invalid(".key", "Invalid value: \"\": name part must be non-empty"));
+        }
+        if !matches!(effect.as_str(), "NoSchedule" | "PreferNoSchedule" | "NoExecute") {
+            let known = r#"supported values: "NoSchedule", "PreferNoSchedule", "NoExecute""#;
+            return Err(invalid(".effect", &format!("Unsupported value: {effect:?}: {known}")));
+        }
+        if !seen.insert((key, effect)) {
+            let why = format!("Duplicate value: {taint}: taints must be unique by key and effect pair");
+            return Err(invalid("", &why));
+        }
+    }
+    Ok(())
+}
+
+/// Times with fractions have six digits of them, neither more nor fewer.
+fn validate_lease(object: &Value) -> Result<(), Failure> {
+    for field in ["acquireTime", "renewTime"] {
+        let Some(text) = object["spec"][field].as_str() else { continue };
+        let fraction = text.strip_suffix('Z').and_then(|text| text.split_once('.')).map(|(_, digits)| digits);
+        if text.parse::<Timestamp>().is_err() || fraction.is_none_or(|digits| digits.len() != 6) {
+            let message = format!("unable to convert unstructured object: parsing time {text:?}");
+            return Err(Failure::new(hyper::StatusCode::INTERNAL_SERVER_ERROR, "", message));
+        }
     }
     Ok(())
 }

@@ -57,6 +57,8 @@ pub(crate) struct Store {
     compacted: u64,
     tables: BTreeMap<Resource, BTreeMap<Key, Bytes>>,
     history: VecDeque<Change>,
+    /// When each resource changed last.
+    touched: BTreeMap<Resource, u64>,
     /// What lists that are being paged through go on with.
     snapshots: BTreeMap<(Resource, u64), Snapshot>,
     latest: watch::Sender<u64>,
@@ -69,13 +71,24 @@ impl Store {
             compacted: 0,
             tables: BTreeMap::new(),
             history: VecDeque::new(),
+            touched: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             latest: watch::Sender::new(1),
         }
     }
 
+    /// The same objects, for writes that are to have no effect.
+    pub(crate) fn fork(&self) -> Self {
+        Self { tables: self.tables.clone(), revision: self.revision, ..Self::new() }
+    }
+
     pub(crate) fn revision(&self) -> u64 {
         self.revision
+    }
+
+    /// When a resource changed last.
+    pub(crate) fn touched(&self, resource: Resource) -> u64 {
+        self.touched.get(&resource).copied().unwrap_or_default()
     }
 
     pub(crate) fn compacted(&self) -> u64 {
@@ -126,6 +139,7 @@ impl Store {
 
     fn record(&mut self, change: Change) {
         self.revision = change.revision;
+        self.touched.insert(change.resource, change.revision);
         self.history.push_back(change);
         self.latest.send_replace(self.revision);
     }
@@ -185,7 +199,10 @@ impl Store {
         if revision < self.compacted {
             return Err(Failure::expired(
                 "The provided continue parameter is too old to display a consistent list result. You can start a new \
-                 list without the continue parameter.",
+                 list without the continue parameter, or use the continue token in this response to retrieve the \
+                 remainder of the results. Continuing with the provided token results in an inconsistent list - \
+                 objects that were created, modified, or deleted between the time the first chunk was returned and \
+                 now may show up in the list.",
             ));
         }
         let mut objects = self.tables.get(&resource).cloned().unwrap_or_default();
@@ -232,6 +249,10 @@ impl Store {
             let key =
                 Key::new(metadata["namespace"].as_str().unwrap_or_default(), metadata["name"].as_str()?);
             let text = Bytes::from(entry["object"].to_string());
+            let revision: Option<u64> =
+                metadata["resourceVersion"].as_str().and_then(|text| text.parse().ok());
+            let touched = store.touched.entry(resource).or_default();
+            *touched = revision.unwrap_or_default().max(*touched);
             store.tables.entry(resource).or_default().insert(key, text);
         }
         store.revision = dump["revision"].as_u64()?;

@@ -42,6 +42,8 @@ pub(crate) struct Request {
 struct State {
     shared: Arc<Shared>,
     request: Request,
+    /// Where it began.
+    start: u64,
     cursor: u64,
     queue: VecDeque<Bytes>,
     latest: watch::Receiver<u64>,
@@ -53,17 +55,14 @@ struct State {
 }
 
 /// The body of a watch.
-pub(crate) fn pieces(shared: Arc<Shared>, request: Request) -> Result<Pieces, Failure> {
+pub(crate) fn pieces(shared: Arc<Shared>, request: Request) -> Pieces {
     let now = Instant::now();
     let disconnect = shared.disconnect.subscribe();
     let mut state = {
-        let mut store = shared.store();
+        let store = shared.store();
         let mut queue = VecDeque::new();
+        // One that is still to come is waited for, in silence.
         let cursor = if let Some(after) = request.after {
-            if after > store.revision() {
-                // Refused as a list at such a revision is.
-                store.snapshot(request.resource, after, false)?;
-            }
             after
         } else {
             for (key, text) in store.objects(request.resource) {
@@ -93,6 +92,7 @@ pub(crate) fn pieces(shared: Arc<Shared>, request: Request) -> Result<Pieces, Fa
             ended: false,
             shared,
             request,
+            start: cursor,
             cursor,
             queue,
         }
@@ -101,14 +101,14 @@ pub(crate) fn pieces(shared: Arc<Shared>, request: Request) -> Result<Pieces, Fa
         state.queue.push_front(error_line(&faults::failure(code, None)));
         state.ended = true;
     }
-    Ok(Box::pin(stream::unfold(Some(state), |state| async move {
+    Box::pin(stream::unfold(Some(state), |state| async move {
         let mut state = state?;
         match state.next().await {
             Ok(Some(piece)) => Some((Ok(piece), Some(state))),
             Ok(None) => None,
             Err(error) => Some((Err(error), None)),
         }
-    })))
+    }))
 }
 
 impl State {
@@ -139,9 +139,11 @@ impl State {
                     self.bookmark_at = Instant::now() + self.shared.bookmark_interval;
                     self.latest.borrow_and_update();
                     self.fill();
-                    if !self.ended {
-                        let mark = bookmark(self.request.resource, self.cursor, false);
-                        self.queue.push_back(mark);
+                    // The watch cache knows of its own resource alone, and has nothing to say before that has changed.
+                    let resource = self.request.resource;
+                    let touched = self.shared.store().touched(resource);
+                    if !self.ended && touched > self.start {
+                        self.queue.push_back(bookmark(resource, touched, false));
                     }
                 }
                 changed = self.latest.changed() => if changed.is_err() { return Ok(None) },
@@ -155,7 +157,7 @@ impl State {
         match store.changes(self.request.resource, self.cursor) {
             Ok(changes) => {
                 self.queue.extend(changes.iter().filter_map(|change| event(&self.request, change)));
-                self.cursor = store.revision();
+                self.cursor = self.cursor.max(store.revision());
             }
             Err(failure) => {
                 self.queue.push_back(error_line(&failure));
