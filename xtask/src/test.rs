@@ -81,12 +81,17 @@ struct Target {
     name: String,
 }
 
+/// Modules of the suite `kubernetes` that need the test server: they make faults, write flannel's own objects, or look at
+/// what was asked for.
+const NEED_TEST_SERVER: [&str; 3] = ["access", "faults", "rights"];
+
 /// One `cargo test`.
 struct Run {
+    suite: Suite,
     name: String,
     arguments: Vec<String>,
     /// Words for the test harness.
-    harness: &'static [&'static str],
+    harness: Vec<String>,
     /// Whether `--full` adds the ignored tests. An ignored example in documentation is not meant to run.
     has_long: bool,
 }
@@ -103,8 +108,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // Whoever only has a KUBECONFIG lying around does not mean it for tests.
     let real = options.suites.contains(&Suite::Kubernetes) && env::var_os("KUBECONFIG").is_some();
     let mut times: Vec<Time> = Vec::new();
-    for run in runs(&suites, &targets()?) {
+    for run in runs(&suites, &targets()?, real) {
         println!("── {} ──", run.name);
+        if real && run.suite == Suite::Kubernetes {
+            println!(
+                "On the server of KUBECONFIG. NOT RUN, for they need the test server: the tests of {}. Convergence runs \
+                 without faults.",
+                NEED_TEST_SERVER.join(", ")
+            );
+        }
         let start = Instant::now();
         let mut command = run.command(options.full);
         if let Some(variant) = &variant {
@@ -173,7 +185,8 @@ fn targets() -> Result<Vec<Target>> {
     Ok(targets)
 }
 
-fn runs(suites: &[Suite], targets: &[Target]) -> Vec<Run> {
+/// `real` leaves out what a real API server cannot be used for.
+fn runs(suites: &[Suite], targets: &[Target], real: bool) -> Vec<Run> {
     const HOST: [&str; 8] = [
         "--package",
         "gateway",
@@ -188,18 +201,36 @@ fn runs(suites: &[Suite], targets: &[Target]) -> Vec<Run> {
     let mut runs = Vec::new();
     if suites.contains(&Suite::Unit) {
         let arguments = [strings(&HOST), strings(&["--lib", "--bins"])].concat();
-        runs.push(Run { name: "unit".to_owned(), arguments, harness: &[], has_long: true });
+        runs.push(Run {
+            suite: Suite::Unit,
+            name: "unit".to_owned(),
+            arguments,
+            harness: Vec::new(),
+            has_long: true,
+        });
         let arguments = strings(&["--package", "gateway", "--package", "gateway-common", "--doc"]);
-        runs.push(Run { name: "documentation".to_owned(), arguments, harness: &[], has_long: false });
+        runs.push(Run {
+            suite: Suite::Unit,
+            name: "documentation".to_owned(),
+            arguments,
+            harness: Vec::new(),
+            has_long: false,
+        });
     }
     for target in targets
         .iter()
         .filter(|target| suites.contains(&Suite::Kubernetes) && Suite::of_target(target) == Suite::Kubernetes)
     {
+        let left_out =
+            NEED_TEST_SERVER.iter().flat_map(|module| ["--skip".to_owned(), format!("{module}::")]);
+        // Whatever one of them makes, all others see.
+        let harness =
+            if real { left_out.chain(["--test-threads=1".to_owned()]).collect() } else { Vec::new() };
         runs.push(Run {
+            suite: Suite::Kubernetes,
             name: target.name.clone(),
             arguments: strings(&["--package", target.package, "--test", &target.name]),
-            harness: &[],
+            harness,
             has_long: true,
         });
     }
@@ -208,10 +239,11 @@ fn runs(suites: &[Suite], targets: &[Target]) -> Vec<Run> {
             targets.iter().filter(|target| suites.contains(&suite) && Suite::of_target(target) == suite)
         {
             runs.push(Run {
+                suite,
                 name: format!("{}: {}", target.package, target.name),
                 arguments: strings(&["--package", target.package, "--test", &target.name]),
                 // They share the machine's network and bpffs.
-                harness: &["--test-threads=1"],
+                harness: strings(&["--test-threads=1"]),
                 has_long: true,
             });
         }
@@ -222,7 +254,7 @@ fn runs(suites: &[Suite], targets: &[Target]) -> Vec<Run> {
 impl Run {
     fn command(&self, full: bool) -> Command {
         let mut command = cargo();
-        command.arg("test").args(&self.arguments).arg("--").args(self.harness);
+        command.arg("test").args(&self.arguments).arg("--").args(&self.harness);
         if full {
             command.env("GATEWAY_TEST_FULL", "1");
             if self.has_long {
@@ -260,7 +292,7 @@ mod tests {
     }
 
     fn names(suites: &[Suite]) -> Vec<String> {
-        runs(suites, &some_targets()).into_iter().map(|run| run.name).collect()
+        runs(suites, &some_targets(), false).into_iter().map(|run| run.name).collect()
     }
 
     #[test]
@@ -275,15 +307,26 @@ mod tests {
 
     #[test]
     fn suites_that_share_the_machine_run_serially() {
-        for run in runs(&Suite::ALL, &some_targets()) {
+        for run in runs(&Suite::ALL, &some_targets(), false) {
             let serial = run.command(false).get_args().any(|word| word == "--test-threads=1");
             assert_eq!(serial, run.name.contains(':'), "{}", run.name);
         }
     }
 
     #[test]
+    fn a_real_server_is_spared_what_needs_the_test_server() {
+        for (real, skips) in [(false, 0), (true, NEED_TEST_SERVER.len())] {
+            for run in runs(&Suite::ALL, &some_targets(), real) {
+                let skipped = run.command(false).get_args().filter(|word| *word == "--skip").count();
+                let expected = if run.suite == Suite::Kubernetes { skips } else { 0 };
+                assert_eq!(skipped, expected, "{}", run.name);
+            }
+        }
+    }
+
+    #[test]
     fn full_reaches_the_tests() {
-        let all = runs(&Suite::ALL, &some_targets());
+        let all = runs(&Suite::ALL, &some_targets(), false);
         for run in &all {
             let full = run.command(true);
             assert!(full.get_envs().any(|(name, value)| name == "GATEWAY_TEST_FULL" && value.is_some()));

@@ -5,27 +5,26 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{StreamExt as _, TryStreamExt as _};
 use gateway::cluster::kubernetes::{Access, Link};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api,
-    api::{Patch, PatchParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, WatchEvent, WatchParams},
 };
 use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::{
-    objects::{address, node, on, running},
+    announce::{Scene, refused},
+    objects::{address, node, node_name, on, running},
     observer::{Observer, TIMING},
-    subject::{RUNTIME, Subject, is_real},
+    protocol::status,
+    subject::{RUNTIME, Subject},
 };
 
 /// A cluster of three nodes with two pods each: several pages.
-fn cluster() -> Option<Subject> {
-    if is_real() {
-        eprintln!("a real server has no faults on demand: skipped");
-        return None;
-    }
+fn cluster() -> Subject {
     let subject = Subject::start();
     for number in 1..=3 {
         subject.create_node(&node(&subject.run, number));
@@ -34,7 +33,7 @@ fn cluster() -> Option<Subject> {
             subject.create_pod(&name, &on(&subject.run, number), &running(address(number, pod)));
         }
     }
-    Some(subject)
+    subject
 }
 
 /// Makes changes of every kind that leave `pod-1-2` and its node as they are.
@@ -58,7 +57,7 @@ fn change(subject: &Subject, round: u8) {
 #[case::repeat(json!({ "kind": "repeat", "events": 20 }))]
 #[case::stall(json!({ "kind": "stall" }))]
 fn a_fault_takes_nothing_away_and_passes(#[case] fault: Value) {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     // From the first list on.
     subject.fault(&json!({ "fault": fault, "times": 3 }));
     let observer = Observer::start(&subject);
@@ -80,7 +79,7 @@ fn a_fault_takes_nothing_away_and_passes(#[case] fault: Value) {
 /// The history is gone while the connection is: what still exists stays, what was deleted meanwhile goes.
 #[test]
 fn after_compaction_only_what_is_gone_goes() {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     let observer = Observer::start(&subject);
     observer.converge(&subject);
     subject.fault(&json!({ "fault": { "kind": "status", "code": 503 } }));
@@ -100,7 +99,7 @@ fn after_compaction_only_what_is_gone_goes() {
 /// The server is away, not only its answers: nothing changes, its age is told, and what happened meanwhile is applied.
 #[test]
 fn while_the_server_is_away_everything_stays() {
-    let Some(mut subject) = cluster() else { return };
+    let mut subject = cluster();
     let observer = Observer::start(&subject);
     observer.converge(&subject);
     let before = observer.table();
@@ -120,10 +119,55 @@ fn while_the_server_is_away_everything_stays() {
     observer.wait_healthy();
 }
 
+/// Nothing happens, and the server does not say so: that is no fault, and what happens then is followed.
+#[test]
+fn silence_is_no_fault() {
+    let subject = cluster();
+    let observer = Observer::start(&subject);
+    observer.converge(&subject);
+    let begin = Instant::now();
+    while begin.elapsed() < 3 * TIMING.idle {
+        assert!(observer.problems.all().is_empty(), "{:?}", observer.problems.all());
+        assert!(observer.health.freshness().connected);
+        thread::sleep(Duration::from_millis(10));
+    }
+    change(&subject, 0);
+    observer.converge(&subject);
+    observer.assert_steady();
+}
+
+/// A backup counts its revisions from where it was made, and a watch from beyond that says nothing.
+#[test]
+fn a_server_that_was_restored_from_a_backup_is_followed() {
+    let mut subject = cluster();
+    subject.stop_server();
+    let state = subject.directory().join("state.json");
+    let backup = fs::read(&state).unwrap();
+    subject.restart_server();
+    let observer = Observer::start(&subject);
+    observer.converge(&subject);
+    observer.release(|steady| {
+        steady.pods.remove(&(0, address(3, 2)));
+    });
+    subject.delete_pod("pod-3-2", 0);
+    change(&subject, 0);
+    observer.converge(&subject);
+
+    observer.release(|steady| {
+        steady.pods.remove(&(0, address(2, 100)));
+    });
+    subject.stop_server();
+    fs::write(&state, backup).unwrap();
+    subject.restart_server();
+    observer.converge(&subject);
+    assert!(observer.table().pods.contains_key(&(0, address(3, 2))));
+    observer.wait_healthy();
+}
+
 /// The daemon starts while the API is away: what the tables hold from before stays.
 #[test]
 fn a_restart_without_a_server_takes_nothing_away() {
-    let Some(mut subject) = cluster() else { return };
+    let mut subject = cluster();
     let mut observer = Observer::start(&subject);
     observer.converge(&subject);
     let before = observer.table();
@@ -139,7 +183,7 @@ fn a_restart_without_a_server_takes_nothing_away() {
 /// One object that makes no sense costs nobody else anything, and is named until it is mended.
 #[test]
 fn a_malformed_object_holds_up_nobody() {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     subject.fault(&json!({ "fault": { "kind": "malformed-object", "name": "pod-2-2" }, "resource": "pods" }));
     let observer = Observer::start(&subject);
     let problem = observer.wait_problem(|problem| problem.place.contains("pod-2-2"));
@@ -167,7 +211,7 @@ fn a_malformed_object_holds_up_nobody() {
 /// Nodes alone forward by their prefixes.
 #[test]
 fn without_the_right_to_pods_nodes_are_used() {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     subject.fault(&json!({ "fault": { "kind": "status", "code": 403 }, "resource": "pods" }));
     let observer = Observer::start(&subject);
     let problem = observer.wait_problem(|problem| problem.what.contains("403"));
@@ -184,7 +228,7 @@ fn without_the_right_to_pods_nodes_are_used() {
 /// The server is left alone as long as it wishes.
 #[test]
 fn retry_after_is_honoured() {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     subject.fault(&json!({ "fault": { "kind": "status", "code": 429, "retry_after": 2 }, "resource": "nodes", "times": 1 }));
     let begin = Instant::now();
     let observer = Observer::start(&subject);
@@ -198,7 +242,7 @@ fn retry_after_is_honoured() {
 #[case::token("gateway-token")]
 #[case::certificate("gateway")]
 fn credentials_work(#[case] who: &str) {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     let kubeconfig = subject.server.as_ref().unwrap().kubeconfig(who);
     let link = Link::new(Access { kubeconfig: Some(kubeconfig), context: None });
     Observer::with(&subject, link, TIMING).converge(&subject);
@@ -217,7 +261,7 @@ fn kubeconfig(subject: &Subject, change: impl FnOnce(&mut Value)) -> Link {
 
 #[rstest]
 #[case::wrong_token(|config: &mut Value| config["users"][0]["user"]["token"] = json!("wrong"), "(401)")]
-#[case::nobody(|config: &mut Value| config["users"][0]["user"] = json!({}), "(401)")]
+#[case::nobody(|config: &mut Value| config["users"][0]["user"] = json!({}), "for nobody")]
 #[case::stranger(|config: &mut Value| {
     config["clusters"][0]["cluster"].as_object_mut().unwrap().remove("certificate-authority");
 }, "not trusted")]
@@ -239,7 +283,7 @@ fn kubeconfig(subject: &Subject, change: impl FnOnce(&mut Value)) -> Link {
 #[case::no_context(|config: &mut Value| config["current-context"] = json!("other"), "other")]
 #[case::socks(|config: &mut Value| config["clusters"][0]["cluster"]["proxy-url"] = json!("http://127.0.0.1:1"), "cannot be reached")]
 fn every_way_to_fail_is_told(#[case] spoil: fn(&mut Value), #[case] told: &str) {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     let observer = Observer::with(&subject, kubeconfig(&subject, spoil), TIMING);
     let problem = observer.wait_problem(|problem| problem.place.contains("nodes"));
     assert!(problem.what.contains(told), "{problem}");
@@ -252,7 +296,7 @@ fn every_way_to_fail_is_told(#[case] spoil: fn(&mut Value), #[case] told: &str) 
 
 #[test]
 fn an_exec_plugin_gives_credentials() {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     let script = subject.directory().join("plugin.sh");
     let credential = json!({
         "apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": { "token": "token-of-gateway" },
@@ -269,7 +313,7 @@ fn an_exec_plugin_gives_credentials() {
 /// flannel's configuration is read where it may be, and compared.
 #[test]
 fn flannel_s_configuration_is_compared() {
-    let Some(subject) = cluster() else { return };
+    let subject = cluster();
     let observer = Observer::of_flannel(&subject);
     let maps: Api<ConfigMap> = Api::namespaced(subject.client(), "kube-flannel");
     let write = |conf: Value| {
@@ -290,4 +334,41 @@ fn flannel_s_configuration_is_compared() {
     observer.wait_problem(|problem| problem.what.contains("dual-stack"));
     write(json!({ "Network": "198.18.0.0/15", "Backend": { "Type": "vxlan" } }));
     observer.wait_healthy();
+}
+
+/// In a dual-stack network flannel would not program the Node: better none than one that does nothing.
+#[test]
+fn a_dual_stack_network_is_refused() {
+    let scene = Scene::new();
+    let map = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "kube-flannel-cfg" },
+        "data": { "net-conf.json": r#"{"Network":"198.18.0.0/15","EnableIPv6":true,"Backend":{"Type":"vxlan"}}"# },
+    });
+    let maps: Api<ConfigMap> = Api::namespaced(scene.subject.client(), "kube-flannel");
+    let patch = Patch::Apply(&map);
+    RUNTIME.block_on(maps.patch("kube-flannel-cfg", &PatchParams::apply("test"), &patch)).unwrap();
+    assert!(refused(scene.apply()).contains("dual-stack"));
+    assert!(scene.node().is_none());
+}
+
+/// What a client of the protocol sees of a compaction.
+#[test]
+fn what_is_forgotten_is_gone() {
+    let subject = Subject::start();
+    for number in 1..=5 {
+        subject.create_node(&node(&subject.run, number));
+    }
+    RUNTIME.block_on(async {
+        let page = subject.nodes().list(&ListParams::default().limit(2)).await.unwrap();
+        subject.nodes().delete(&node_name(&subject.run, 5), &DeleteParams::default()).await.unwrap();
+        subject.controls().unwrap().compact().await.unwrap();
+        let next = ListParams { continue_token: page.metadata.continue_, ..ListParams::default().limit(2) };
+        let (code, reason, _) = status(subject.nodes().list(&next).await.unwrap_err());
+        assert_eq!((code, reason.as_str()), (410, "Expired"));
+        let mut watch = subject.nodes().watch(&WatchParams::default(), "1").await.unwrap().boxed();
+        match watch.try_next().await {
+            Ok(Some(WatchEvent::Error(status))) => assert_eq!(status.code, 410),
+            other => panic!("{other:?}"),
+        }
+    });
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     objects::{address, node, on, running},
     observer::{Observer, SOON},
-    subject::{RUNTIME, Subject, is_real},
+    subject::{RUNTIME, Subject},
 };
 
 pub(crate) fn asked(subject: &Subject) -> BTreeSet<(String, String)> {
@@ -24,9 +24,6 @@ pub(crate) fn asked(subject: &Subject) -> BTreeSet<(String, String)> {
 /// The server enforces `deploy/rbac.yaml`: the source asks for all of its rights, and for nothing else.
 #[test]
 fn the_source_works_with_the_shipped_rights_and_needs_all_of_them() {
-    if is_real() {
-        return;
-    }
     let rbac = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/rbac.yaml");
     let subject = Subject::with(Options { rbac: Some(rbac), ..Options::default() });
     subject.create_node(&node(&subject.run, 1));
@@ -45,9 +42,6 @@ fn the_source_works_with_the_shipped_rights_and_needs_all_of_them() {
 /// Somebody without any right is told what to ask for.
 #[test]
 fn without_rights_every_missing_one_is_named() {
-    if is_real() {
-        return;
-    }
     let directory = tempfile::tempdir().unwrap();
     let rbac = directory.path().join("none.yaml");
     std::fs::write(&rbac, json!({ "apiVersion": "v1", "kind": "ServiceAccount" }).to_string()).unwrap();

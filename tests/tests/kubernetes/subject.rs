@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process,
     sync::{
-        LazyLock, RwLock,
+        LazyLock, OnceLock, RwLock,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -25,7 +25,10 @@ use kube::{
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::objects::{LABEL, config};
+use crate::{
+    account,
+    objects::{LABEL, config},
+};
 
 /// What the tests' own requests run on.
 pub(crate) static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("a runtime"));
@@ -38,7 +41,9 @@ pub(crate) struct Subject {
     client: RwLock<Client>,
     /// Value of the label of everything that this test makes; also the namespace of its pods.
     pub(crate) run: String,
-    _directory: tempfile::TempDir,
+    /// On a real server: the kubeconfig of an account with the least rights.
+    account: OnceLock<PathBuf>,
+    directory: tempfile::TempDir,
 }
 
 /// Whether the tests run against a real server.
@@ -66,7 +71,7 @@ impl Subject {
         let client = RUNTIME.block_on(api::client(&kubeconfig)).unwrap();
         let run = format!("gateway-test-{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let client = RwLock::new(client);
-        let subject = Self { server, kubeconfig, client, run, _directory: directory };
+        let subject = Self { server, kubeconfig, client, run, account: OnceLock::new(), directory };
         let namespace = json!({
             "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": subject.run, "labels": { LABEL: subject.run } },
         });
@@ -75,13 +80,18 @@ impl Subject {
         subject
     }
 
-    /// As whom the source asks: with the least rights where the server is ours.
+    /// As whom the source asks: somebody with the rights of `deploy/rbac.yaml`, where the server has rights at all.
     pub(crate) fn access(&self) -> Access {
         let kubeconfig = match &self.server {
             Some(server) => server.kubeconfig("gateway"),
-            None => self.kubeconfig.clone(),
+            None => self.account.get_or_init(|| self.make_account()).clone(),
         };
         Access { kubeconfig: Some(kubeconfig), context: None }
+    }
+
+    fn make_account(&self) -> PathBuf {
+        let made = account::make(&self.client(), &self.run, &self.kubeconfig, self.directory.path());
+        RUNTIME.block_on(made)
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -222,6 +232,9 @@ impl Drop for Subject {
         RUNTIME.block_on(async {
             let _ = self.pods().delete_collection(&now, &ours).await;
             let _ = self.nodes().delete_collection(&now, &ours).await;
+            if self.account.get().is_some() {
+                account::remove(&self.client(), &self.run).await;
+            }
             let namespaces: Api<Namespace> = Api::all(self.client());
             let _ = namespaces.delete(&self.run, &DeleteParams::default()).await;
         });
