@@ -90,7 +90,8 @@ impl Subject {
     }
 
     fn make_account(&self) -> PathBuf {
-        let made = account::make(&self.client(), &self.run, &self.kubeconfig, self.directory.path());
+        let client = self.client();
+        let made = account::make(&client, &self.run, &self.kubeconfig, self.directory.path());
         RUNTIME.block_on(made)
     }
 
