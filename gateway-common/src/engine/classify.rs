@@ -159,7 +159,8 @@ pub(super) fn header<F: Frame>(frame: &F, at: usize, space: u32) -> Result<Packe
 /// The packet of a frame that is addressed to us.
 #[inline(always)]
 pub(super) fn ipv4<F: Frame>(frame: &mut F, config: &Config, link: Link) -> Result<Packet, Verdict> {
-    let lacks = |&[_, _, high, low]: &[u8; 4]| u32::from(u16::from_be_bytes([high, low])) > behind(frame, link);
+    let lacks =
+        |&[_, _, high, low]: &[u8; 4]| u32::from(u16::from_be_bytes([high, low])) > behind(frame, link);
     if frame.read(link.len).is_some_and(lacks) {
         // The payload may be in fragments: some cards split the headers off.
         frame.measure();

@@ -348,9 +348,8 @@ mod tests {
 
     #[test]
     fn a_full_table_names_its_setting() {
-        let full = |table| {
-            TableError::new("write to", table, io::Error::from_raw_os_error(libc::E2BIG)).to_string()
-        };
+        let full =
+            |table| TableError::new("write to", table, io::Error::from_raw_os_error(libc::E2BIG)).to_string();
         assert_eq!(
             full(map::PODS),
             "cannot write to table PODS: it is full: raise max_pods under [datapath]"

@@ -68,7 +68,6 @@ const TRACELESS: [u64; 18] = [
 ];
 
 /// Flags of openat(2) by which the call itself changes something.
-#[expect(clippy::cast_sign_loss, reason = "a set of bits")]
 const CREATES: u64 = (libc::O_CREAT | libc::O_TRUNC) as u64;
 
 /// How a traced run came to its end.

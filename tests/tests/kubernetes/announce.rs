@@ -41,14 +41,18 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) fn new() -> Self {
-        Self::with(Options::default())
+        Self::with(false)
     }
 
-    /// On a test server with these options and the shipped rights.
-    fn with(options: Options) -> Self {
+    /// On a test server with the shipped rights, which if `one_owner` tells field managers apart as before 1.22.
+    fn with(one_owner: bool) -> Self {
         let rbac = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/rbac.yaml");
-        let subject =
-            Subject::with(Options { rbac: Some(rbac), bookmarks: Duration::from_millis(100), ..options });
+        let subject = Subject::with(Options {
+            rbac: Some(rbac),
+            bookmarks: Duration::from_millis(100),
+            one_owner,
+            ..Options::default()
+        });
         let mut config = config(subject.access());
         config.flannel.node = format!("{}-gw", subject.run);
         config.flannel.register = true;
@@ -200,7 +204,7 @@ fn what_is_somebody_else_s_is_left_alone() {
 #[case::now(false)]
 #[case::before_1_22(true)]
 fn the_node_is_kept(#[case] one_owner: bool) {
-    let mut scene = Scene::with(Options { one_owner, ..Options::default() });
+    let mut scene = Scene::with(one_owner);
     scene.config.flannel.heartbeat = true;
     let (task, changed, problems) = scene.keep();
     let leases: Api<Lease> = Api::namespaced(scene.subject.client(), "kube-node-lease");

@@ -93,7 +93,11 @@ fn note<T: Tables>(tables: &T, entry: &Shared<Reverse>, segment: &Segment) {
 /// A packet of no session: dropped if it is to a SNAT address, else none of ours.
 #[inline(always)]
 fn refuse<T: Tables>(tables: &T, arrived: Arrived<'_>, reason: Outcome) -> Result<(), Verdict> {
-    if tables.is_snat(arrived.packet.destination) { Err(arrived.origin.refused(tables, reason)) } else { Ok(()) }
+    if tables.is_snat(arrived.packet.destination) {
+        Err(arrived.origin.refused(tables, reason))
+    } else {
+        Ok(())
+    }
 }
 
 /// A session's packets come from the node of its pod; if that moved, the pod's table knows. An ICMP error may come from

@@ -87,7 +87,7 @@ pub(crate) fn create(
         object["status"] = json!({ "phase": "Pending", "qosClass": "BestEffort" });
     }
     own_all(resource, &mut object, writer);
-    insert(store, resource, key, object)
+    insert(store, resource, &key, object)
 }
 
 /// Nothing is made where there is no namespace.
@@ -96,7 +96,7 @@ fn check_namespace(store: &Store, namespace: &str) -> Result<(), Failure> {
     if known { Ok(()) } else { Err(Failure::not_found(Resource::Namespace, namespace)) }
 }
 
-fn insert(store: &mut Store, resource: Resource, key: Key, mut object: Value) -> Result<Bytes, Failure> {
+fn insert(store: &mut Store, resource: Resource, key: &Key, mut object: Value) -> Result<Bytes, Failure> {
     object["apiVersion"] = json!(resource.api_version());
     object["kind"] = json!(resource.kind());
     let metadata = &mut object["metadata"];
@@ -111,7 +111,7 @@ fn insert(store: &mut Store, resource: Resource, key: Key, mut object: Value) ->
     }
     let made = store.put(resource, key.clone(), object);
     if resource == Resource::Node {
-        touch_node(store, &key, &made);
+        touch_node(store, key, &made);
     }
     Ok(made)
 }
@@ -349,7 +349,7 @@ fn apply(
         let mut owners = Vec::new();
         add(&mut owners, writer, "Apply", wanted);
         fields::set_owners(resource, &mut config, &owners);
-        return insert(store, resource, key.clone(), config);
+        return insert(store, resource, key, config);
     };
     check_preconditions(resource, key, &live, &config["metadata"])?;
     let mut owners = fields::owners(&live);
