@@ -259,6 +259,9 @@ fn kubeconfig(subject: &Subject, change: impl FnOnce(&mut Value)) -> Link {
     Link::new(Access { kubeconfig: Some(path), context: None })
 }
 
+/// May be in a kubeconfig, and in no message.
+const SECRET: &str = "hunter2";
+
 #[rstest]
 #[case::wrong_token(|config: &mut Value| config["users"][0]["user"]["token"] = json!("wrong"), "(401)")]
 #[case::nobody(|config: &mut Value| config["users"][0]["user"] = json!({}), "for nobody")]
@@ -269,8 +272,15 @@ fn kubeconfig(subject: &Subject, change: impl FnOnce(&mut Value)) -> Link {
     "apiVersion": "client.authentication.k8s.io/v1", "command": "/nonexistent/plugin", "interactiveMode": "Never",
 } }), "credentials")]
 #[case::plugin_fails(|config: &mut Value| config["users"][0]["user"] = json!({ "exec": {
-    "apiVersion": "client.authentication.k8s.io/v1", "command": "false", "interactiveMode": "Never",
-} }), "credentials")]
+    "apiVersion": "client.authentication.k8s.io/v1", "command": "sh", "interactiveMode": "Never",
+    "args": ["-c", format!("echo {SECRET}; echo log in again >&2; false")], "env": [{ "name": "KEY", "value": SECRET }],
+} }), "log in again")]
+#[case::proxy_of_another_kind(|config: &mut Value| {
+    config["clusters"][0]["cluster"]["proxy-url"] = json!(format!("ftp://bob:{SECRET}@127.0.0.1"));
+}, "\"ftp\"")]
+#[case::proxy_without_a_url(|config: &mut Value| {
+    config["clusters"][0]["cluster"]["proxy-url"] = json!(format!("http://bob:{SECRET}@ 127.0.0.1"));
+}, "proxy url")]
 #[case::other_port(|config: &mut Value| config["clusters"][0]["cluster"]["server"] = json!("https://127.0.0.1:1"), "cannot be reached")]
 #[case::no_name(|config: &mut Value| config["clusters"][0]["cluster"]["server"] = json!("https://api.invalid:6443"), "cannot be reached")]
 #[case::no_tls(|config: &mut Value| {
@@ -286,7 +296,7 @@ fn every_way_to_fail_is_told(#[case] spoil: fn(&mut Value), #[case] told: &str) 
     let subject = cluster();
     let observer = Observer::with(&subject, kubeconfig(&subject, spoil), TIMING);
     let problem = observer.wait_problem(|problem| problem.place.contains("nodes"));
-    assert!(problem.what.contains(told), "{problem}");
+    assert!(problem.what.contains(told) && !problem.to_string().contains(SECRET), "{problem}");
     assert!(!problem.remedy.is_empty());
     // Mended in place, it is taken up without a restart.
     kubeconfig(&subject, |_| {});

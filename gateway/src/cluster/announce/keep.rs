@@ -296,6 +296,8 @@ pub async fn keep(
     changed: Arc<Notify>,
     problems: ProblemList,
 ) {
+    // A dead connection must not outlast the lease.
+    let timing = Timing { idle: timing.idle.min(BEAT), ..timing };
     let mut status_at = Instant::now();
     loop {
         let mut failed = false;
@@ -332,16 +334,27 @@ async fn attend(
     timing: &Timing,
     due: bool,
 ) -> Result<(), Refusal> {
-    let done =
-        if config.flannel.register { apply(linked, announcement, timing).await? } else { Done::Nothing };
+    let applied =
+        if config.flannel.register { apply(linked, announcement, timing).await } else { Ok(Done::Nothing) };
+    let (done, refused) = match applied {
+        Ok(done) => (done, None),
+        // The heart goes on.
+        Err(refusal) => (Done::Nothing, Some(refusal)),
+    };
     if done != Done::Nothing {
         info!("Node {}: {done:?}", announcement.name);
     }
     if config.flannel.heartbeat {
+        // Somebody else's Node has its own kubelet, or is dead and must look it.
+        let node = get(linked, &announcement.name, timing).await?;
+        if !node.as_ref().is_some_and(|node| announcement.speaks_for(node)) {
+            let problem = || Refusal::Problems(vec![announcement.no_heart(node.is_some())]);
+            return Err(refused.unwrap_or_else(problem));
+        }
         beat(linked, announcement, timing).await?;
         if due || done != Done::Nothing {
             tell_ready(linked, announcement, timing).await?;
         }
     }
-    Ok(())
+    refused.map_or(Ok(()), Err)
 }

@@ -116,11 +116,33 @@ impl Announcement {
         node.metadata.labels.as_ref().and_then(|labels| labels.get(OWNER_LABEL)) == Some(&self.instance)
     }
 
+    /// Whether a Node stands for this gateway, whoever made it.
+    pub(super) fn speaks_for(&self, node: &Node) -> bool {
+        self.owns(node) || read_node(node, &self.overlay) == NodeReading::Skipped(NodeSkip::Own)
+    }
+
+    /// Why the Node of this name, if it exists, is not kept Ready.
+    pub(super) fn no_heart(&self, exists: bool) -> Problem {
+        let place = format!("Node {}", self.name);
+        if exists {
+            Problem::error(
+                place,
+                "does not stand for this gateway, so heartbeat leaves it alone",
+                "choose another name: node under [flannel]",
+            )
+        } else {
+            Problem::error(
+                place,
+                "does not exist, so there is nothing that heartbeat could keep Ready",
+                "set register = true under [flannel], or run `gateway node apply`",
+            )
+        }
+    }
+
     /// What is to be done about the Node of this name, as it is now.
     pub(super) fn action(&self, node: Option<&Node>) -> Action {
         let Some(node) = node else { return Action::Apply(self.render()) };
-        let equal = read_node(node, &self.overlay) == NodeReading::Skipped(NodeSkip::Own);
-        if !self.owns(node) && !equal {
+        if !self.speaks_for(node) {
             return Action::Refuse(Problem::error(
                 format!("Node {}", self.name),
                 format!("exists, and was not made by gateway instance {:?}", self.instance),

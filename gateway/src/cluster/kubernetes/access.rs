@@ -103,7 +103,11 @@ fn proxy(own: Option<String>, server: &Uri) -> Result<Option<Uri>, Failure> {
         Some(url).filter(|url| !url.is_empty() && Matcher::from_env().intercept(server).is_some())
     };
     let Some(url) = own.or_else(of_environment) else { return Ok(None) };
-    url.parse().map(Some).map_err(|error| Failure::Config(format!("the proxy {url:?} is no URL: {error}")))
+    url.parse().map(Some).map_err(|error| {
+        // In front of the host there may be a password.
+        let host = url.rsplit('@').next().unwrap_or_default();
+        Failure::Config(format!("the proxy at {host:?} has no valid URL: {error}"))
+    })
 }
 
 /// Whether there is no kubeconfig at all, and none was asked for.

@@ -3,7 +3,7 @@
 use std::{error::Error as StdError, io, time::Duration};
 
 use http::StatusCode;
-use kube::config::KubeconfigError;
+use kube::{client::AuthError, config::KubeconfigError};
 
 use super::request::Right;
 use crate::cluster::problem::Problem;
@@ -150,13 +150,17 @@ impl From<KubeconfigError> for Failure {
 impl From<kube::Error> for Failure {
     fn from(error: kube::Error) -> Self {
         match &error {
-            kube::Error::Auth(auth) => return Self::Credentials(chain(auth)),
+            kube::Error::Auth(auth) => return Self::Credentials(of_auth(auth)),
             kube::Error::InferKubeconfig(_)
             | kube::Error::InferConfig(_)
             | kube::Error::RustlsTls(_)
-            | kube::Error::TlsRequired
-            | kube::Error::ProxyProtocolDisabled { .. }
-            | kube::Error::ProxyProtocolUnsupported { .. } => return Self::Config(chain(&error)),
+            | kube::Error::TlsRequired => return Self::Config(chain(&error)),
+            // Their own text has the whole URL, and so the password in it.
+            kube::Error::ProxyProtocolDisabled { proxy_url, .. }
+            | kube::Error::ProxyProtocolUnsupported { proxy_url } => {
+                let scheme = proxy_url.scheme_str().unwrap_or_default();
+                return Self::Config(format!("a proxy with the scheme {scheme:?} is not supported"));
+            }
             _ => {}
         }
         let Some(found) = causes(&error).find_map(Cause::of) else {
@@ -168,6 +172,17 @@ impl From<kube::Error> for Failure {
             Cause::Io(kind, what) if is_broken(kind) => Self::Broken(what),
             Cause::Io(_, what) => Self::Unreachable(what),
         }
+    }
+}
+
+fn of_auth(error: &AuthError) -> String {
+    match error {
+        // Its own text has the environment of the plugin and what it printed: secrets.
+        AuthError::AuthExecRun { out, .. } => {
+            let said = out.stderr.rsplit(|byte| *byte == b'\n').find_map(plain).unwrap_or_default();
+            format!("the exec plugin failed with {}; it said {said:?}", out.status)
+        }
+        other => chain(other),
     }
 }
 
@@ -194,7 +209,7 @@ impl Cause {
             return Some(Self::Tls(tls.to_string()));
         }
         if let Some(kube::Error::Auth(auth)) = error.downcast_ref::<kube::Error>() {
-            return Some(Self::Credentials(chain(auth)));
+            return Some(Self::Credentials(of_auth(auth)));
         }
         let io = error.downcast_ref::<io::Error>()?;
         // What an I/O error wraps is no source of it.

@@ -270,6 +270,9 @@ impl Follower {
                 Err(failure) => return Ok(Err(failure)),
             }
         }
+        if version.is_empty() {
+            return Ok(Err(Failure::Nonsense("a list without a resourceVersion".to_owned())));
+        }
         if !nameless {
             let gone: Vec<ObjectRef> =
                 self.known.iter().filter(|known| !seen.contains(known)).cloned().collect();

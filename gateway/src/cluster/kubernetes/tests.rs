@@ -100,6 +100,8 @@ fn one_bad_item_costs_nobody_else_anything() {
 #[rstest]
 #[case::no_json("{")]
 #[case::no_list("{}")]
+#[case::some_other_object(r#"{"metadata":{"resourceVersion":"3"},"status":"ok"}"#)]
+#[case::items_that_are_none(r#"{"metadata":{"resourceVersion":"3"},"items":"many"}"#)]
 #[case::text("\"hello\"")]
 #[case::page_of_a_proxy("<html>")]
 fn what_is_no_page_is_refused(#[case] text: &str) {

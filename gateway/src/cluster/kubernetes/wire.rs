@@ -181,12 +181,14 @@ impl Decoder {
         #[derive(Deserialize)]
         struct Raw<'a> {
             metadata: ListMeta,
-            #[serde(borrow, default)]
-            items: Option<Vec<&'a RawValue>>,
+            #[serde(borrow)]
+            items: &'a RawValue,
         }
         let raw: Raw<'_> = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        let items: Option<Vec<&RawValue>> =
+            serde_json::from_str(raw.items.get()).map_err(|error| error.to_string())?;
         head(raw.metadata);
-        let items = raw.items.into_iter().flatten().map(|item| self.object(item)).collect();
+        let items = items.into_iter().flatten().map(|item| self.object(item)).collect();
         Ok(Page { items })
     }
 
@@ -382,20 +384,28 @@ impl<'de, T: Trimmed, H: FnMut(ListMeta), I: FnMut(T)> Visitor<'de> for PageSeed
             #[serde(other)]
             Other,
         }
-        let mut headed = false;
+        let (mut headed, mut listed) = (false, false);
         while let Some(key) = map.next_key::<Key>()? {
             match key {
                 Key::Metadata => {
                     (self.head)(map.next_value()?);
                     headed = true;
                 }
-                Key::Items => map.next_value_seed(ItemsSeed { items: &mut *self.items, of: PhantomData })?,
+                Key::Items => {
+                    map.next_value_seed(ItemsSeed { items: &mut *self.items, of: PhantomData })?;
+                    listed = true;
+                }
                 Key::Other => {
                     map.next_value::<IgnoredAny>()?;
                 }
             }
         }
-        if headed { Ok(()) } else { Err(A::Error::missing_field("metadata")) }
+        // An empty list has items too. What has none is some other object, and says nothing about what exists.
+        match (headed, listed) {
+            (true, true) => Ok(()),
+            (false, _) => Err(A::Error::missing_field("metadata")),
+            (true, false) => Err(A::Error::missing_field("items")),
+        }
     }
 }
 
